@@ -1,0 +1,10 @@
+//! What every part of Lacuna shares: sites, selectors, plans, recipes, stored weights, file formats and their errors.
+//!
+//! This crate is the boundary to untrusted input: every parser here is a pure function from bytes to checked views.
+#![deny(unsafe_code)]
+
+pub mod bytes;
+pub mod observer;
+pub mod plan;
+pub mod site;
+pub mod weight;

@@ -1,0 +1,12 @@
+//! Observers read named points of a forward pass; calibration, pruning and pictures read through nothing else.
+
+use crate::site::Point;
+
+/// Reads named points of a forward pass and accumulates statistics.
+pub trait Observer {
+    /// Whether this observer reads `point`; asked once per call, so that unread points cost nothing.
+    fn wants(&self, point: Point) -> bool;
+
+    /// `values` holds one row per token, each of `width` numbers. Called in the order of the forward pass.
+    fn observe(&mut self, point: Point, width: usize, values: &[f32]);
+}

@@ -1,0 +1,13 @@
+//! Kernels of Lacuna: slices in, slices out.
+//!
+//! This crate knows numbers in memory and nothing else: no tensor, no model, no file. Every fast path has a readable
+//! scalar twin, which is the reference that the property tests compare with. It is the only crate with `unsafe` code
+//! (beside the one memory-map wrapper in `lacuna-core`).
+//!
+//! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
+//! * [`isa`]: the one place that picks an instruction set.
+//! * [`pool`]: the one place that makes threads.
+
+pub mod format;
+
+pub use format::{Format, Matrix};

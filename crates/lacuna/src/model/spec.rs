@@ -1,0 +1,139 @@
+//! What one architecture computes, as data: the forward pass reads this and nothing else of a configuration.
+
+/// Normalisation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum NormKind {
+    /// `x / rms(x) * gain`. Where a checkpoint stores `gain - 1` (Gemma), loading adds the one.
+    Rms,
+    /// `(x - mean) / std * gain + bias`.
+    Layer,
+}
+
+/// How positions enter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Position {
+    /// Rotary; each block says which of [`Spec::ropes`] it uses.
+    Rotary,
+    /// A learned table, added to the embedding; row = position + `offset` (OPT: 2, GPT-2: 0).
+    Learned {
+        /// Rows skipped at the start of the table.
+        offset: usize,
+    },
+}
+
+/// Which components rotate together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopePairs {
+    /// `(i, i + n/2)`: Hugging Face checkpoints.
+    Half,
+    /// `(2i, 2i + 1)`: GGUF files of the llama architecture.
+    Adjacent,
+}
+
+/// One rotary table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Rotated components per head (an even number, at most the head's size).
+    pub dims: usize,
+    /// Pairing.
+    pub pairs: RopePairs,
+    /// `dims / 2` frequencies in radians per position, scaling (linear, llama3, longrope) already applied.
+    pub freqs: Vec<f32>,
+    /// Factor on cos and sin (longrope), usually 1.
+    pub factor: f32,
+}
+
+/// Non-linearity of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Act {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// Exact GELU (erf).
+    Gelu,
+    /// The tanh approximation of GELU (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `max(x, 0)`.
+    Relu,
+    /// `max(x, 0)^2`.
+    Relu2,
+}
+
+/// Shape of an MLP.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MlpSpec {
+    /// `down(act(gate x) * up x)`.
+    Gated {
+        /// Neurons.
+        inner: usize,
+    },
+    /// `down(act(up x))`.
+    Plain {
+        /// Neurons.
+        inner: usize,
+    },
+    /// Gated experts behind a softmax router.
+    Experts {
+        /// Number of experts.
+        experts: usize,
+        /// Experts used per token.
+        active: usize,
+        /// Neurons of one expert.
+        inner: usize,
+        /// Whether the kept router weights are divided by their sum.
+        normalise: bool,
+    },
+}
+
+/// One transformer block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Size of a head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+    /// Sliding window: a query sees this many positions, itself included.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)` (Gemma 2).
+    pub score_cap: Option<f32>,
+    /// Index into [`Spec::ropes`]; `None` with learned positions.
+    pub rope: Option<usize>,
+    /// Attention and MLP both read the block's input and are added together (GPT-NeoX).
+    pub parallel: bool,
+    /// The MLP.
+    pub mlp: MlpSpec,
+    /// Its non-linearity.
+    pub act: Act,
+}
+
+/// A whole decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    /// Name of the architecture (`llama`, `qwen3`, ...).
+    pub arch: String,
+    /// Size of the vocabulary (rows of the embedding).
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub width: usize,
+    /// Longest context the model was made for.
+    pub context: usize,
+    /// Factor on the embedding (Gemma: sqrt(width)), usually 1.
+    pub embed_scale: f32,
+    /// Positions.
+    pub position: Position,
+    /// Rotary tables.
+    pub ropes: Vec<Rope>,
+    /// Kind of every norm.
+    pub norm: NormKind,
+    /// Epsilon of every norm.
+    pub norm_eps: f32,
+    /// Logits become `cap * tanh(logit / cap)` (Gemma 2).
+    pub logit_cap: Option<f32>,
+    /// The blocks.
+    pub blocks: Vec<BlockSpec>,
+}

@@ -1,0 +1,100 @@
+//! The weights of a model, bound to their places. All matrices are [`Weight`]s, usually parts of a mapped file.
+
+use super::spec::Spec;
+use lacuna_core::weight::Weight;
+
+/// `y = W x + b`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// The matrix `W[out, in]`.
+    pub weight: Weight,
+    /// The bias, one per output.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// Gain and bias of a normalisation.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    /// One per channel; offsets of the checkpoint (Gemma's `1 +`) already added.
+    pub gain: Vec<f32>,
+    /// One per channel, layer norm only.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A gated MLP, or one expert.
+#[derive(Clone, Debug)]
+pub struct Gated {
+    /// `[inner, width]`.
+    pub gate: Linear,
+    /// `[inner, width]`.
+    pub up: Linear,
+    /// `[width, inner]`.
+    pub down: Linear,
+}
+
+/// The MLP of a block.
+#[derive(Clone, Debug)]
+pub enum Mlp {
+    /// `down(act(gate x) * up x)`.
+    Gated(Gated),
+    /// `down(act(up x))`.
+    Plain {
+        /// `[inner, width]`.
+        up: Linear,
+        /// `[width, inner]`.
+        down: Linear,
+    },
+    /// Router and experts.
+    Experts {
+        /// `[experts, width]`.
+        router: Linear,
+        /// One gated MLP each.
+        experts: Vec<Gated>,
+    },
+}
+
+/// The weights of one block.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// Before the attention.
+    pub attn_norm: Norm,
+    /// `[heads * head_dim, width]`.
+    pub q: Linear,
+    /// `[kv_heads * head_dim, width]`.
+    pub k: Linear,
+    /// `[kv_heads * head_dim, width]`.
+    pub v: Linear,
+    /// `[width, heads * head_dim]`.
+    pub o: Linear,
+    /// Norm of each query head before the rotation (Qwen3, Gemma 3), `head_dim` gains.
+    pub q_norm: Option<Norm>,
+    /// Norm of each key head.
+    pub k_norm: Option<Norm>,
+    /// On the attention's output, before it is added (Gemma 2 and 3).
+    pub attn_post_norm: Option<Norm>,
+    /// Before the MLP.
+    pub mlp_norm: Norm,
+    /// On the MLP's output, before it is added (Gemma 2 and 3).
+    pub mlp_post_norm: Option<Norm>,
+    /// The MLP.
+    pub mlp: Mlp,
+}
+
+/// A loaded model.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// What it computes.
+    pub spec: Spec,
+    /// Token embedding `[vocab, width]`, one row per token.
+    pub embed: Weight,
+    /// Learned positions `[context + offset, width]`.
+    pub positions: Option<Weight>,
+    /// One per entry of `spec.blocks`.
+    pub blocks: Vec<Block>,
+    /// Before the output head.
+    pub final_norm: Norm,
+    /// Output head `[vocab, width]`; shares the bytes of `embed` where they are tied.
+    pub head: Linear,
+    /// Hex hash that binds plans and converted layouts to these weights.
+    pub hash: String,
+}
