@@ -4,10 +4,12 @@
 //! scalar twin, which is the reference that the property tests compare with. It is the only crate with `unsafe` code
 //! (beside the one memory-map wrapper in `lacuna-core`).
 //!
+//! * [`convert`]: one run of numbers from and to its stored form.
 //! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
 //! * [`isa`]: the one place that picks an instruction set.
 //! * [`pool`]: the one place that makes threads.
 
+pub mod convert;
 pub mod format;
 
 pub use format::{Format, Matrix};
