@@ -1,4 +1,5 @@
 //! Lacuna, the library: models, the engine that runs them, and the measures of what skipping costs and saves.
 #![forbid(unsafe_code)]
 
+pub mod error;
 pub mod model;
