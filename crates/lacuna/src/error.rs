@@ -76,7 +76,9 @@ pub enum Error {
         found: Vec<usize>,
     },
     /// A weight is NaN or infinite.
-    #[error("{file}: tensor `{tensor}` holds {value} at index {index}; the file is damaged or was written by a diverged run")]
+    #[error(
+        "{file}: tensor `{tensor}` holds {value} at index {index}; the file is damaged or was written by a diverged run"
+    )]
     NotFinite {
         /// The file or directory.
         file: String,
@@ -88,7 +90,9 @@ pub enum Error {
         value: f32,
     },
     /// A model needs more memory than it may take.
-    #[error("the model needs about {need} bytes ({detail}), but the limit is {limit}; use a shorter context, a smaller KV type or a smaller file")]
+    #[error(
+        "the model needs about {need} bytes ({detail}), but the limit is {limit}; use a shorter context, a smaller KV type or a smaller file"
+    )]
     Memory {
         /// Bytes by the estimate.
         need: u64,
