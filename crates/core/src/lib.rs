@@ -4,7 +4,12 @@
 #![deny(unsafe_code)]
 
 pub mod bytes;
+pub mod histogram;
+pub mod method;
 pub mod observer;
 pub mod plan;
+pub mod recipe;
 pub mod site;
+pub mod statistics;
+pub mod suggest;
 pub mod weight;

@@ -76,7 +76,8 @@ impl fmt::Display for Proj {
 /// A named point of the forward pass that observers can read; text form `layers.3.mlp.down.input`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Point {
-    /// The vector that enters a projection: `layers.N.<proj>.input` (q, k, v share one vector, so do gate and up).
+    /// The vector that enters a projection: `layers.N.<proj>.input`. A vector that several projections read is shown
+    /// once, under the first of them: q for q, k, v; gate for gate and up.
     Input {
         /// Layer, from 0.
         layer: usize,
