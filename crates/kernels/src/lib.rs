@@ -11,5 +11,9 @@
 
 pub mod convert;
 pub mod format;
+pub mod isa;
+pub mod pool;
 
 pub use format::{Format, Matrix};
+pub use isa::Isa;
+pub use pool::Pool;
