@@ -1,0 +1,55 @@
+//! Which arithmetic a product uses: a function of instruction set, format and orientation only.
+
+use crate::Format;
+use crate::isa::Isa;
+
+/// How the weights lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Orientation {
+    /// `[outputs, inputs]`.
+    OutputMajor,
+    /// `[inputs, outputs]`.
+    InputMajor,
+}
+
+/// The number types of the inner loop; sums are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arithmetic {
+    /// f32 weights and activations, fused multiply-add.
+    F32,
+    /// bf16 weights and activations, pairs along the inputs.
+    Bf16,
+    /// Unsigned 8-bit codes with scales along the inputs, int8 activations with one scale per 32.
+    Int8,
+}
+
+impl Arithmetic {
+    /// The arithmetic for weights of `format`.
+    pub(crate) fn of(isa: Isa, format: Format, orientation: Orientation) -> Self {
+        match (isa, format) {
+            (_, Format::F32 | Format::F16) => Self::F32,
+            (Isa::Amx, _) | (Isa::Avx512, Format::Bf16) => Self::Bf16,
+            (Isa::Avx512, _) if orientation == Orientation::InputMajor => Self::Bf16,
+            (Isa::Avx512, _) => Self::Int8,
+            _ => Self::F32,
+        }
+    }
+
+    /// Inputs per panel of weights. Sums are continued from panel to panel, so this does not change the order of
+    /// summation. A multiple of the longest block of a format (256).
+    pub(crate) const fn panel_k(self) -> usize {
+        match self {
+            Self::F32 => 256,
+            Self::Bf16 | Self::Int8 => 512,
+        }
+    }
+
+    /// Outputs per chunk. Input-major weights are cut at block borders along the outputs.
+    pub(crate) const fn panel_n(self, orientation: Orientation, format: Format) -> usize {
+        match (orientation, self) {
+            (Orientation::InputMajor, _) if format.block_len() == 256 => 256,
+            (_, Self::F32 | Self::Int8) => 64,
+            (_, Self::Bf16) => 128,
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Cuts products into chunks, runs the block kernels over the panels of a chunk and stores the result.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::arithmetic::{Arithmetic, Orientation};
+use super::buffer::{Buffer, Shared};
+use super::input::{Input, tiles};
+use super::panel::Panel;
+use super::product::{Product, Scales};
+use super::transpose::transpose16;
+use super::{Job, LANES, TILE_N};
+use crate::isa::{self, Isa};
+use crate::{Matrix, Pool};
+
+/// Blocks of rows per chunk: 512 rows, so that packed activations of a panel and the sums stay in a 1 MiB cache.
+const CHUNK_BLOCKS: usize = 32;
+
+/// Scratch of one thread.
+#[derive(Default)]
+struct Scratch {
+    panel: Panel,
+    sums: Buffer,
+}
+
+thread_local! {
+    /// Kept from call to call: some hundred KiB per worker.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+pub(super) fn run(pool: &Pool, jobs: &mut [Job<'_>], orientation: Orientation) {
+    run_for(isa::get(), pool, jobs, orientation);
+}
+
+/// [`run`] for a given instruction set, the one that the inputs were prepared for.
+pub(crate) fn run_for(isa: Isa, pool: &Pool, jobs: &mut [Job<'_>], orientation: Orientation) {
+    let mut end = 0;
+    let plans: Vec<(usize, Plan<'_>)> = jobs
+        .iter_mut()
+        .map(|job| {
+            let plan = Plan::new(isa, job, orientation);
+            end += plan.chunks();
+            (end, plan)
+        })
+        .collect();
+    pool.run(end, &|_, chunk| {
+        let i = plans.partition_point(|&(end, _)| end <= chunk);
+        let (end, plan) = &plans[i];
+        SCRATCH.with_borrow_mut(|scratch| plan.run(chunk - (end - plan.chunks()), scratch));
+    });
+}
+
+/// One product cut into chunks of `panel_n` outputs by [`CHUNK_BLOCKS`] row blocks.
+struct Plan<'a> {
+    isa: Isa,
+    w: Matrix<'a>,
+    orientation: Orientation,
+    arithmetic: Arithmetic,
+    x: &'a Input,
+    y: Shared<f32>,
+    accumulate: bool,
+    n: usize,
+    panel_n: usize,
+}
+
+impl<'a> Plan<'a> {
+    fn new(isa: Isa, job: &mut Job<'a>, orientation: Orientation) -> Self {
+        let (n, k) = match orientation {
+            Orientation::OutputMajor => (job.w.rows(), job.w.cols()),
+            Orientation::InputMajor => (job.w.cols(), job.w.rows()),
+        };
+        let arithmetic = Arithmetic::of(isa, job.w.format(), orientation);
+        assert_eq!(job.x.isa.unwrap_or(isa), isa, "the input was prepared for another instruction set");
+        assert!(job.x.rows() == 0 || job.x.is_for(arithmetic), "the input was not prepared for {:?}", job.w.format());
+        assert_eq!(job.x.cols(), k, "inputs per output");
+        assert_eq!(job.y.len(), job.x.rows() * n, "the result has {} rows of {n}", job.x.rows());
+        let panel_n = arithmetic.panel_n(orientation, job.w.format());
+        let y = Shared::new(job.y);
+        Self { isa, w: job.w, orientation, arithmetic, x: job.x, y, accumulate: job.accumulate, n, panel_n }
+    }
+
+    fn row_parts(&self) -> usize {
+        self.x.blocks().div_ceil(CHUNK_BLOCKS)
+    }
+
+    fn chunks(&self) -> usize {
+        self.n.div_ceil(self.panel_n) * self.row_parts()
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let n0 = chunk / self.row_parts() * self.panel_n;
+        let b0 = chunk % self.row_parts() * CHUNK_BLOCKS;
+        let outputs = n0..(n0 + self.panel_n).min(self.n);
+        let blocks = b0..(b0 + CHUNK_BLOCKS).min(self.x.blocks());
+        let k = self.x.cols();
+        let tiles_n = outputs.len().div_ceil(TILE_N);
+        let sums = scratch.sums.at_least::<f32>(blocks.len() * tiles_n * TILE_N * LANES);
+        if k == 0 {
+            sums.fill(0.0);
+        }
+        for k0 in (0..k).step_by(self.arithmetic.panel_k()) {
+            let inputs = k0..(k0 + self.arithmetic.panel_k()).min(k);
+            scratch.panel.fill(self.isa, self.arithmetic, &self.w, self.orientation, outputs.clone(), inputs.clone());
+            self.multiply(&scratch.panel, &inputs, &blocks, tiles_n, sums);
+        }
+        self.store(sums, &outputs, &blocks);
+    }
+
+    fn multiply(
+        &self,
+        panel: &Panel,
+        inputs: &Range<usize>,
+        blocks: &Range<usize>,
+        tiles_n: usize,
+        sums: &mut [f32],
+    ) {
+        let tiles_k = tiles(inputs.len());
+        let x_stride = self.x.k_pad() * LANES;
+        let from = blocks.start * x_stride + inputs.start * LANES;
+        let (blocks, first) = (blocks.len(), inputs.start == 0);
+        match self.arithmetic {
+            Arithmetic::F32 => {
+                let (w, x) = (panel.f32s(tiles_n * tiles_k), &self.x.f32s()[from..]);
+                f32_block(self.isa, Product { w, x, x_stride, sums, tiles_n, tiles_k, blocks, first });
+            }
+            Arithmetic::Bf16 => {
+                let (w, x) = (panel.bf16s(tiles_n * tiles_k), &self.x.bf16s()[from..]);
+                bf16_block(self.isa, Product { w, x, x_stride, sums, tiles_n, tiles_k, blocks, first });
+            }
+            Arithmetic::Int8 => {
+                let (codes, x) = (panel.codes(self.w.format(), tiles_n * tiles_k), self.x.codes());
+                let scales = Scales {
+                    w: codes.scales,
+                    offsets: codes.offsets,
+                    zero_point: codes.layout.zero_point,
+                    groups: codes.layout.groups,
+                    x: &x.scales[from / 32..],
+                    x_sums: &x.sums[from / 16..],
+                };
+                let (w, x) = (codes.codes, &x.codes[from..]);
+                int8_block(self.isa, Product { w, x, x_stride, sums, tiles_n, tiles_k, blocks, first }, scales);
+            }
+        }
+    }
+
+    /// Transposes the sums of a chunk into `y`.
+    fn store(&self, sums: &[f32], outputs: &Range<usize>, blocks: &Range<usize>) {
+        let padded = outputs.len().next_multiple_of(TILE_N);
+        let mut square = [0u32; TILE_N * LANES];
+        for (block, sums) in blocks.clone().zip(sums.chunks_exact(padded * LANES)) {
+            let m0 = block * LANES;
+            for (t, tile) in sums.chunks_exact(TILE_N * LANES).enumerate() {
+                let n0 = outputs.start + t * TILE_N;
+                let len = TILE_N.min(outputs.end - n0);
+                for (d, s) in square.iter_mut().zip(tile) {
+                    *d = s.to_bits();
+                }
+                transpose16(self.isa, &mut square);
+                for (m, line) in (m0..self.x.rows()).zip(square.chunks_exact(TILE_N)) {
+                    // SAFETY: `y` is borrowed by the job for as long as the plan lives, and a chunk alone writes
+                    // these outputs of these rows.
+                    let y = unsafe { self.y.part(m * self.n + n0, len) };
+                    for (y, s) in y.iter_mut().zip(line) {
+                        let s = f32::from_bits(*s);
+                        *y = if self.accumulate { *y + s } else { s };
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn f32_block(isa: Isa, p: Product<'_, f32, f32>) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the instruction set was found on this CPU.
+        Isa::Avx512 | Isa::Amx => unsafe { super::avx512::f32_block(p) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { super::avx2::f32_block(p) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: NEON is part of every AArch64 CPU that Rust's std supports.
+        Isa::Neon => unsafe { super::neon::f32_block(p) },
+        _ => super::scalar::f32_block(p),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn bf16_block(isa: Isa, p: Product<'_, u16, u16>) {
+    if isa == Isa::Amx {
+        // SAFETY: the instruction set was found on this CPU and the system gave permission for the tiles.
+        unsafe { super::amx::bf16_block(p) }
+    } else {
+        // SAFETY: BF16 arithmetic is chosen for AVX-512 with BF16 only.
+        unsafe { super::avx512::bf16_block(p) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn int8_block(_isa: Isa, p: Product<'_, u8, i8>, scales: Scales<'_>) {
+    // SAFETY: int8 arithmetic is chosen for AVX-512 with VNNI only.
+    unsafe { super::avx512_int8::int8_block(p, scales) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bf16_block(_isa: Isa, _p: Product<'_, u16, u16>) {
+    unreachable!("BF16 arithmetic is chosen on x86-64 only")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn int8_block(_isa: Isa, _p: Product<'_, u8, i8>, _scales: Scales<'_>) {
+    unreachable!("int8 arithmetic is chosen on x86-64 only")
+}

@@ -1,0 +1,243 @@
+//! Decodes a panel of weights into the tiles that the block kernels read.
+
+use std::ops::Range;
+
+use super::arithmetic::{Arithmetic, Orientation};
+use super::buffer::Buffer;
+use super::codes::{self, CodeLayout, CodeRow};
+use super::input::{round_bf16, tiles};
+use super::transpose::transpose16;
+use super::{TILE_K, TILE_N};
+use crate::convert::decode_run;
+use crate::isa::Isa;
+use crate::{Format, Matrix};
+
+/// Numbers in a tile.
+pub(crate) const TILE: usize = TILE_N * TILE_K;
+
+/// Decoded weights of one panel, `[tiles of outputs][tiles of inputs][16][32]`, in scratch memory.
+#[derive(Default)]
+pub(crate) struct Panel {
+    numbers: Buffer,
+    scales: Buffer,
+    offsets: Buffer,
+    run: Buffer,
+}
+
+/// The int8 form of a panel.
+pub(crate) struct Codes<'a> {
+    pub(crate) codes: &'a [u8],
+    pub(crate) scales: &'a [f32],
+    pub(crate) offsets: Option<&'a [f32]>,
+    pub(crate) layout: CodeLayout,
+}
+
+impl Panel {
+    /// The panel after [`Panel::fill`] for f32 arithmetic.
+    pub(crate) fn f32s(&self, tiles: usize) -> &[f32] {
+        self.numbers.numbers(tiles * TILE)
+    }
+
+    /// The panel after [`Panel::fill`] for BF16 arithmetic.
+    pub(crate) fn bf16s(&self, tiles: usize) -> &[u16] {
+        self.numbers.numbers(tiles * TILE)
+    }
+
+    /// The panel after [`Panel::fill`] for int8 arithmetic.
+    pub(crate) fn codes(&self, format: Format, tiles: usize) -> Codes<'_> {
+        let layout = CodeLayout::of(format);
+        let n = tiles * layout.groups * TILE_N;
+        let offsets = layout.has_offsets.then(|| self.offsets.numbers(n));
+        Codes { codes: self.numbers.numbers(tiles * TILE), scales: self.scales.numbers(n), offsets, layout }
+    }
+
+    /// Decodes outputs `outputs` and inputs `inputs` of `w`. Padding up to whole tiles becomes zero.
+    pub(crate) fn fill(
+        &mut self,
+        isa: Isa,
+        arithmetic: Arithmetic,
+        w: &Matrix<'_>,
+        orientation: Orientation,
+        outputs: Range<usize>,
+        inputs: Range<usize>,
+    ) {
+        let part = Part { isa, w, outputs, inputs };
+        match (orientation, arithmetic) {
+            (Orientation::OutputMajor, Arithmetic::F32) => self.fill_f32(&part),
+            (Orientation::OutputMajor, Arithmetic::Bf16) => self.fill_bf16(&part),
+            (Orientation::OutputMajor, Arithmetic::Int8) => self.fill_codes(&part),
+            (Orientation::InputMajor, Arithmetic::F32) => self.fill_transposed::<f32>(&part, f32_tile),
+            (Orientation::InputMajor, Arithmetic::Bf16) => self.fill_transposed::<u16>(&part, bf16_tile),
+            (Orientation::InputMajor, Arithmetic::Int8) => {
+                unreachable!("scales across outputs: arithmetic chooses BF16 for input-major weights")
+            }
+        }
+    }
+
+    fn fill_f32(&mut self, part: &Part<'_>) {
+        let k = part.inputs.len();
+        let tiles_k = tiles(k);
+        let out = self.numbers.at_least::<f32>(part.tiles() * TILE);
+        let run = self.run.at_least::<f32>(tiles_k * TILE_K);
+        run[k..].fill(0.0);
+        for (i, at) in part.rows() {
+            match part.row_bytes(i) {
+                Some(bytes) => decode_run(part.w.format(), bytes, &mut run[..k]),
+                None => run.fill(0.0),
+            }
+            for (t, line) in run.chunks_exact(TILE_K).enumerate() {
+                out[at + t * TILE..][..TILE_K].copy_from_slice(line);
+            }
+        }
+    }
+
+    fn fill_bf16(&mut self, part: &Part<'_>) {
+        let k = part.inputs.len();
+        let tiles_k = tiles(k);
+        let out = self.numbers.at_least::<u16>(part.tiles() * TILE);
+        let run = self.run.at_least::<f32>(k);
+        for (i, at) in part.rows() {
+            let lines = &mut out[at..at + (tiles_k - 1) * TILE + TILE_K];
+            let Some(bytes) = part.row_bytes(i) else {
+                lines.chunks_mut(TILE).for_each(|line| line[..TILE_K].fill(0));
+                continue;
+            };
+            #[cfg(target_arch = "x86_64")]
+            if part.isa.has_avx512() && super::decode512::has(part.w.format()) {
+                // SAFETY: these instruction sets include all that the decoder uses.
+                unsafe { super::decode512::bf16_row(part.w.format(), bytes, k, lines) };
+                continue;
+            }
+            decode_run(part.w.format(), bytes, run);
+            bf16_row(run, lines);
+        }
+    }
+
+    fn fill_codes(&mut self, part: &Part<'_>) {
+        let k = part.inputs.len();
+        let layout = CodeLayout::of(part.w.format());
+        let n = part.tiles() * layout.groups * TILE_N;
+        let codes = self.numbers.at_least::<u8>(part.tiles() * TILE);
+        let scales = self.scales.at_least::<f32>(n);
+        let offsets = self.offsets.at_least::<f32>(if layout.has_offsets { n } else { 0 });
+        let groups = tiles(k) * layout.groups;
+        for (i, at) in part.rows() {
+            let scale_at = i / TILE_N * groups * TILE_N + i % TILE_N;
+            let mut row = CodeRow {
+                codes: &mut codes[at..],
+                scales: &mut scales[scale_at..],
+                offsets: if layout.has_offsets { &mut offsets[scale_at..] } else { &mut [] },
+            };
+            match part.row_bytes(i) {
+                Some(bytes) => codes::decode_row(part.isa, part.w.format(), bytes, &mut row),
+                None => row.clear(tiles(k), layout),
+            }
+        }
+    }
+
+    /// Input-major weights: 32 runs of outputs at a time are decoded and transposed tile by tile.
+    fn fill_transposed<T: super::buffer::Number>(&mut self, part: &Part<'_>, put: fn(&[f32; TILE], &mut [T])) {
+        let n = part.outputs.len();
+        let padded = n.next_multiple_of(TILE_N);
+        let tiles_k = tiles(part.inputs.len());
+        let out = self.numbers.at_least::<T>(part.tiles() * TILE);
+        let runs = self.run.at_least::<f32>(TILE_K * padded);
+        for t in 0..tiles_k {
+            for (i, run) in runs.chunks_exact_mut(padded).enumerate() {
+                match part.run_bytes(t * TILE_K + i) {
+                    Some(bytes) => {
+                        decode_run(part.w.format(), bytes, &mut run[..n]);
+                        run[n..].fill(0.0);
+                    }
+                    None => run.fill(0.0),
+                }
+            }
+            for tile_n in 0..padded / TILE_N {
+                let tile = transposed_tile(part.isa, runs, padded, tile_n * TILE_N);
+                put(&tile, &mut out[(tile_n * tiles_k + t) * TILE..][..TILE]);
+            }
+        }
+    }
+}
+
+/// The part of a matrix that a panel holds.
+struct Part<'a> {
+    isa: Isa,
+    w: &'a Matrix<'a>,
+    outputs: Range<usize>,
+    inputs: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    fn tiles(&self) -> usize {
+        self.outputs.len().div_ceil(TILE_N) * tiles(self.inputs.len())
+    }
+
+    /// Every output of the panel, padding included, with the place of its first line among the tiles.
+    fn rows(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let tiles_k = tiles(self.inputs.len());
+        let padded = self.outputs.len().next_multiple_of(TILE_N);
+        (0..padded).map(move |i| (i, i / TILE_N * tiles_k * TILE + i % TILE_N * TILE_K))
+    }
+
+    /// The stored inputs of output `i` of the panel; `None` for padding.
+    fn row_bytes(&self, i: usize) -> Option<&'a [u8]> {
+        let n = self.outputs.start + i;
+        (n < self.outputs.end).then(|| cut(self.w, n, &self.inputs))
+    }
+
+    /// The stored outputs of input `i` of the panel; `None` for padding.
+    fn run_bytes(&self, i: usize) -> Option<&'a [u8]> {
+        let k = self.inputs.start + i;
+        (k < self.inputs.end).then(|| cut(self.w, k, &self.outputs))
+    }
+}
+
+/// The bytes of numbers `range` of one run. Panels begin at multiples of 256, the longest block, and end at one or at
+/// the run's end, so both borders are block borders.
+fn cut<'a>(w: &Matrix<'a>, run: usize, range: &Range<usize>) -> &'a [u8] {
+    let at = |n: usize| n / w.format().block_len() * w.format().block_bytes();
+    &w.row(run)[at(range.start)..at(range.end)]
+}
+
+/// Rounds a row to bf16 lines of 32, one tile apart; padding becomes zero.
+fn bf16_row(run: &[f32], lines: &mut [u16]) {
+    for (line, values) in lines.chunks_mut(TILE).zip(run.chunks(TILE_K)) {
+        let line = &mut line[..TILE_K];
+        for (d, v) in line.iter_mut().zip(values) {
+            *d = round_bf16(*v);
+        }
+        line[values.len()..].fill(0);
+    }
+}
+
+/// The tile of 16 outputs from `n0` on, of 32 decoded runs `padded` apart.
+fn transposed_tile(isa: Isa, runs: &[f32], padded: usize, n0: usize) -> [f32; TILE] {
+    let mut tile = [0f32; TILE];
+    let mut square = [0u32; 256];
+    for half in 0..2 {
+        for (i, line) in square.chunks_exact_mut(TILE_N).enumerate() {
+            let run = &runs[(half * 16 + i) * padded + n0..][..TILE_N];
+            for (d, v) in line.iter_mut().zip(run) {
+                *d = v.to_bits();
+            }
+        }
+        transpose16(isa, &mut square);
+        for (row, line) in tile.chunks_exact_mut(TILE_K).zip(square.chunks_exact(TILE_N)) {
+            for (d, v) in row[half * 16..].iter_mut().zip(line) {
+                *d = f32::from_bits(*v);
+            }
+        }
+    }
+    tile
+}
+
+fn f32_tile(tile: &[f32; TILE], out: &mut [f32]) {
+    out.copy_from_slice(tile);
+}
+
+fn bf16_tile(tile: &[f32; TILE], out: &mut [u16]) {
+    for (o, v) in out.iter_mut().zip(tile) {
+        *o = round_bf16(*v);
+    }
+}
