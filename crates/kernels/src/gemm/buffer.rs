@@ -31,11 +31,6 @@ unsafe impl Number for u8 {}
 unsafe impl Number for i8 {}
 
 impl Buffer {
-    /// An empty buffer; allocates nothing.
-    pub(crate) const fn new() -> Self {
-        Self { lines: Vec::new() }
-    }
-
     /// Makes room for `n` numbers and returns them all, holding whatever was there before.
     pub(crate) fn at_least<T: Number>(&mut self, n: usize) -> &mut [T] {
         let lines = (n * size_of::<T>()).div_ceil(size_of::<Line>());
