@@ -6,11 +6,13 @@
 //!
 //! * [`convert`]: one run of numbers from and to its stored form.
 //! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
+//! * [`gemm`]: matrix products for prefill.
 //! * [`isa`]: the one place that picks an instruction set.
 //! * [`pool`]: the one place that makes threads.
 
 pub mod convert;
 pub mod format;
+pub mod gemm;
 pub mod isa;
 pub mod pool;
 
