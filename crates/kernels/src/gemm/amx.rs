@@ -67,13 +67,7 @@ pub(crate) unsafe fn bf16_block(p: Product<'_, u16, u16>) {
 ///
 /// # Safety
 /// The tiles are configured; `w` and `x` point to `tiles_k` tiles each, `sums` to one tile of f32 each.
-unsafe fn two_by_two(
-    w: [*const u16; 2],
-    x: [*const u16; 2],
-    sums: [*mut f32; 4],
-    tiles_k: usize,
-    first: bool,
-) {
+unsafe fn two_by_two(w: [*const u16; 2], x: [*const u16; 2], sums: [*mut f32; 4], tiles_k: usize, first: bool) {
     // SAFETY: all memory touched is covered by this function's contract; tile registers are declared.
     unsafe {
         asm!(

@@ -36,11 +36,7 @@ pub(crate) fn int8_block(p: Product<'_, u8, i8>, s: Scales<'_>) {
 /// # Safety
 /// The checks of [`int8_block`] hold and `block` exists.
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn strips<const G: usize, const OFFSETS: bool>(
-    p: &Product<'_, u8, i8>,
-    s: &Scales<'_>,
-    block: usize,
-) -> usize {
+unsafe fn strips<const G: usize, const OFFSETS: bool>(p: &Product<'_, u8, i8>, s: &Scales<'_>, block: usize) -> usize {
     // SAFETY: by contract.
     unsafe {
         match p.blocks - block {

@@ -106,14 +106,7 @@ impl<'a> Plan<'a> {
         self.store(sums, &outputs, &blocks);
     }
 
-    fn multiply(
-        &self,
-        panel: &Panel,
-        inputs: &Range<usize>,
-        blocks: &Range<usize>,
-        tiles_n: usize,
-        sums: &mut [f32],
-    ) {
+    fn multiply(&self, panel: &Panel, inputs: &Range<usize>, blocks: &Range<usize>, tiles_n: usize, sums: &mut [f32]) {
         let tiles_k = tiles(inputs.len());
         let x_stride = self.x.k_pad() * LANES;
         let from = blocks.start * x_stride + inputs.start * LANES;

@@ -64,15 +64,7 @@ impl Input {
     }
 
     /// [`Input::prepare`] for a given instruction set.
-    pub(crate) fn prepare_for(
-        &mut self,
-        isa: Isa,
-        pool: &Pool,
-        x: &[f32],
-        m: usize,
-        k: usize,
-        formats: &[Format],
-    ) {
+    pub(crate) fn prepare_for(&mut self, isa: Isa, pool: &Pool, x: &[f32], m: usize, k: usize, formats: &[Format]) {
         assert_eq!(x.len(), m * k, "activations: {m} rows of {k} expected");
         (self.isa, self.m, self.k, self.has) = (Some(isa), m, k, Kinds::of(isa, formats));
         let (blocks, k_pad, has) = (self.blocks(), self.k_pad(), self.has);

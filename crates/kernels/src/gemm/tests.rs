@@ -246,8 +246,7 @@ mod kernels {
                 let (w_scales, offsets) = (next(tiles_n * tiles_k * 32), next(tiles_n * tiles_k * 32));
                 let x_scales = next(blocks * x_stride / 32);
                 let offsets = with_offsets.then_some(&offsets[..]);
-                let scales =
-                    Scales { w: &w_scales, offsets, zero_point: 8, groups, x: &x_scales, x_sums: &x_sums };
+                let scales = Scales { w: &w_scales, offsets, zero_point: 8, groups, x: &x_scales, x_sums: &x_sums };
                 let start = next(blocks * tiles_n * 256);
                 for first in [true, false] {
                     let (mut fast, mut slow) = (start.clone(), start.clone());

@@ -39,9 +39,7 @@ fn avx512(square: &mut [u32; 256]) {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(crate) fn transpose_registers(
-    r: [std::arch::x86_64::__m512i; 16],
-) -> [std::arch::x86_64::__m512i; 16] {
+pub(crate) fn transpose_registers(r: [std::arch::x86_64::__m512i; 16]) -> [std::arch::x86_64::__m512i; 16] {
     use std::arch::x86_64::*;
     let zero = _mm512_setzero_si512();
     let mut t = [zero; 16];
