@@ -4,16 +4,21 @@
 //! scalar twin, which is the reference that the property tests compare with. It is the only crate with `unsafe` code
 //! (beside the one memory-map wrapper in `lacuna-core`).
 //!
+//! * [`attention`]: attention over a paged key/value cache, for one query and for many.
 //! * [`convert`]: one run of numbers from and to its stored form.
+//! * [`elementwise`]: norms, softmax, rotary embedding, activations.
 //! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
 //! * [`gemm`]: matrix products for prefill.
 //! * [`isa`]: the one place that picks an instruction set.
 //! * [`pool`]: the one place that makes threads.
 
+pub mod attention;
 pub mod convert;
+pub mod elementwise;
 pub mod format;
 pub mod gemm;
 pub mod isa;
+mod lanes;
 pub mod pool;
 
 pub use format::{Format, Matrix};
