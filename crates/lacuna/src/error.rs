@@ -125,6 +125,19 @@ pub enum Error {
         /// What is wrong, with its line.
         problem: String,
     },
+    /// A forward pass gave a logit that is not a number.
+    #[error(
+        "the logits at position {position} hold {value}; the weights are damaged, or overflow in this arithmetic (try LACUNA_ISA=scalar)"
+    )]
+    BadLogits {
+        /// Position of the token in the context.
+        position: usize,
+        /// The first such logit.
+        value: f32,
+    },
+    /// The caller asked to stop.
+    #[error("stopped on request")]
+    Cancelled,
     /// An argument of a library call has no meaning.
     #[error("`{name}`: {problem}")]
     Argument {

@@ -1,5 +1,8 @@
 //! Lacuna, the library: models, the engine that runs them, and the measures of what skipping costs and saves.
 #![forbid(unsafe_code)]
 
+pub mod chat;
+pub mod engine;
 pub mod error;
 pub mod model;
+pub mod tokenizer;
