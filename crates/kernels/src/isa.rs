@@ -46,7 +46,7 @@ impl Isa {
 
     /// True if this CPU (and its operating system) can run it.
     pub fn is_available(self) -> bool {
-        available().contains(&self)
+        found().contains(&self)
     }
 }
 
@@ -58,8 +58,12 @@ impl fmt::Display for Isa {
 
 /// The instruction sets this machine can run, least capable first; never empty.
 pub fn available() -> Vec<Isa> {
+    found().to_vec()
+}
+
+fn found() -> &'static [Isa] {
     static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
-    FOUND.get_or_init(|| Isa::ALL.into_iter().filter(|&isa| supported(isa)).collect()).clone()
+    FOUND.get_or_init(|| Isa::ALL.into_iter().filter(|&isa| supported(isa)).collect())
 }
 
 /// The instruction set to use: the one forced by `LACUNA_ISA`, or the best available.

@@ -5,21 +5,29 @@
 //! (beside the one memory-map wrapper in `lacuna-core`).
 //!
 //! * [`attention`]: attention over a paged key/value cache, for one query and for many.
+//! * [`axpy`]: weighted sums of chosen input channels (decode).
 //! * [`convert`]: one run of numbers from and to its stored form.
 //! * [`elementwise`]: norms, softmax, rotary embedding, activations.
 //! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
 //! * [`gemm`]: matrix products for prefill.
+//! * [`gemv`]: dot products of one vector with all or chosen rows (decode).
 //! * [`isa`]: the one place that picks an instruction set.
 //! * [`pool`]: the one place that makes threads.
+//! * [`select`]: which entries of a vector stay.
 
 pub mod attention;
+pub mod axpy;
 pub mod convert;
 pub mod elementwise;
 pub mod format;
 pub mod gemm;
+pub mod gemv;
 pub mod isa;
 mod lanes;
 pub mod pool;
+pub mod select;
+#[cfg(test)]
+mod testing;
 
 pub use format::{Format, Matrix};
 pub use isa::Isa;
