@@ -3,13 +3,21 @@
 //! This crate is the boundary to untrusted input: every parser here is a pure function from bytes to checked views.
 #![deny(unsafe_code)]
 
+pub mod atomic;
 pub mod bytes;
+pub mod error;
+pub mod format;
+pub mod hash;
 pub mod histogram;
+pub mod map;
 pub mod method;
 pub mod observer;
 pub mod plan;
 pub mod recipe;
 pub mod site;
+pub mod size;
 pub mod statistics;
 pub mod suggest;
 pub mod weight;
+
+pub use error::{Error, Result};

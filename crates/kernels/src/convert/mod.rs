@@ -10,6 +10,8 @@ mod floats;
 mod kblocks;
 mod ksearch;
 
+pub use kblocks::scale_min as k_scale_min;
+
 use crate::Format;
 
 /// Decodes one stored run into `out`, one f32 per number. Decoding is exact: F16 subnormals and every scale included.
