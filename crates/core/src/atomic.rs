@@ -61,7 +61,8 @@ impl Drop for Temporary {
 
 fn temporary_name(path: &Path) -> Result<OsString> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().ok_or_else(|| Error::malformed("a path without a file name", "a file name").in_file(path))?;
+    let name =
+        path.file_name().ok_or_else(|| Error::malformed("a path without a file name", "a file name").in_file(path))?;
     let mut temporary = OsString::from(".");
     temporary.push(name);
     temporary.push(format!(".{}-{}.tmp", process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));

@@ -212,9 +212,13 @@ mod tests {
 
     #[test]
     fn the_message_names_file_item_byte_and_remedy_once() {
-        let e = Error::malformed("7", "a multiple of 32").at_byte(9).at_byte(10).in_item("a\u{1b}[2J").in_file("m.gguf");
+        let e =
+            Error::malformed("7", "a multiple of 32").at_byte(9).at_byte(10).in_item("a\u{1b}[2J").in_file("m.gguf");
         let text = e.to_string();
-        assert!(text.starts_with("m.gguf: `a\\u{1b}[2J`: at byte 9: found 7, expected a multiple of 32. The file"), "{text}");
+        assert!(
+            text.starts_with("m.gguf: `a\\u{1b}[2J`: at byte 9: found 7, expected a multiple of 32. The file"),
+            "{text}"
+        );
     }
 
     #[test]

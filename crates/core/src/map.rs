@@ -1,5 +1,8 @@
 //! Files as bytes: the one audited place that maps memory.
-#![allow(unsafe_code, reason = "mapping a file is unsafe by nature; this module is the one place of the crate that does it")]
+#![allow(
+    unsafe_code,
+    reason = "mapping a file is unsafe by nature; this module is the one place of the crate that does it"
+)]
 
 use crate::{
     bytes::Bytes,

@@ -77,7 +77,11 @@ impl Size {
 
     /// As an index of this machine's memory.
     pub fn index(self) -> Result<usize, Overflow> {
-        usize::try_from(self.0).map_err(|_| Overflow { operation: "as an address below", left: self.0, right: usize::MAX as u64 })
+        usize::try_from(self.0).map_err(|_| Overflow {
+            operation: "as an address below",
+            left: self.0,
+            right: usize::MAX as u64,
+        })
     }
 
     fn checked(self, operation: &'static str, other: Size, f: fn(u64, u64) -> Option<u64>) -> Result<Size, Overflow> {
@@ -95,20 +99,8 @@ impl From<usize> for Size {
 mod tests {
     use super::*;
 
-    const EDGES: [u64; 12] = [
-        0,
-        1,
-        31,
-        32,
-        (1 << 31) - 1,
-        1 << 31,
-        1 << 32,
-        (1 << 32) + 1,
-        (1 << 63) - 1,
-        1 << 63,
-        u64::MAX - 1,
-        u64::MAX,
-    ];
+    const EDGES: [u64; 12] =
+        [0, 1, 31, 32, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 32) + 1, (1 << 63) - 1, 1 << 63, u64::MAX - 1, u64::MAX];
 
     #[test]
     fn operations_agree_with_128_bits() {
@@ -120,7 +112,10 @@ mod tests {
                 assert_eq!(Size(a).times(Size(b)).ok(), fits(Some(x * y)));
                 assert_eq!(Size(a).minus(Size(b)).ok(), fits(x.checked_sub(y)));
                 assert_eq!(Size(a).aligned(Size(b)).ok(), fits(x.checked_next_multiple_of(y)));
-                assert_eq!(Size(a).exactly_over(Size(b)).ok(), fits((y > 0 && x % y.max(1) == 0).then(|| x / y.max(1))));
+                assert_eq!(
+                    Size(a).exactly_over(Size(b)).ok(),
+                    fits((y > 0 && x % y.max(1) == 0).then(|| x / y.max(1)))
+                );
             }
         }
     }

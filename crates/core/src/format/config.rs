@@ -233,7 +233,19 @@ mod tests {
 
     #[test]
     fn numbers_at_the_edges() {
-        for n in ["0", "1", "2147483647", "2147483648", "4294967296", "9223372036854775808", "18446744073709551615", "-1", "1e308", "1e400", "0.5"] {
+        for n in [
+            "0",
+            "1",
+            "2147483647",
+            "2147483648",
+            "4294967296",
+            "9223372036854775808",
+            "18446744073709551615",
+            "-1",
+            "1e308",
+            "1e400",
+            "0.5",
+        ] {
             let Ok(c) = Config::parse(format!("{{\"n\": {n}}}").as_bytes()) else {
                 assert_eq!(n, "1e400");
                 continue;
@@ -246,7 +258,16 @@ mod tests {
 
     #[test]
     fn what_is_no_object_is_refused() {
-        for bad in ["", "[]", "1", "{", "{\"a\":}", "\u{feff}{}", &"[".repeat(100_000), &format!("{{\"a\":{}", "{\"a\":".repeat(500))] {
+        for bad in [
+            "",
+            "[]",
+            "1",
+            "{",
+            "{\"a\":}",
+            "\u{feff}{}",
+            &"[".repeat(100_000),
+            &format!("{{\"a\":{}", "{\"a\":".repeat(500)),
+        ] {
             assert!(Config::parse(bad.as_bytes()).is_err());
         }
         assert!(matches!(Config::parse(&vec![b' '; (cap::CONFIG + 1) as usize]), Err(Error::Limit { .. })));

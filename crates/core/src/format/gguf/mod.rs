@@ -189,7 +189,8 @@ fn parse_version(c: &mut Cursor<'_>) -> Result<u32> {
     match c.u32()? {
         version @ (2 | 3) => Ok(version),
         version if version.swap_bytes() <= 3 => {
-            Err(Error::unsupported("a big-endian GGUF file", "Convert the model again with little-endian output").at_byte(4))
+            Err(Error::unsupported("a big-endian GGUF file", "Convert the model again with little-endian output")
+                .at_byte(4))
         }
         version => {
             let what = format!("GGUF version {version}");

@@ -29,7 +29,8 @@ pub struct Header {
 }
 
 pub fn parse(json: &[u8]) -> Result<Header> {
-    serde_json::from_slice(json).map_err(|e| Error::malformed(format!("a header that is wrong ({e})"), "safetensors JSON"))
+    serde_json::from_slice(json)
+        .map_err(|e| Error::malformed(format!("a header that is wrong ({e})"), "safetensors JSON"))
 }
 
 impl<'de> Deserialize<'de> for Header {
@@ -126,7 +127,9 @@ impl<'de> Visitor<'de> for InfoVisitor {
                 "dtype" => {
                     let name = map.next_value::<Cow<'de, str>>()?;
                     let known = Dtype::parse(&name);
-                    dtype.replace(known.ok_or_else(|| A::Error::custom(format!("unknown dtype `{}`", short(&name))))?).is_some()
+                    dtype
+                        .replace(known.ok_or_else(|| A::Error::custom(format!("unknown dtype `{}`", short(&name))))?)
+                        .is_some()
                 }
                 "shape" => shape.replace(map.next_value::<Numbers<8>>()?.0).is_some(),
                 "data_offsets" => offsets.replace(map.next_value::<Numbers<2>>()?.0).is_some(),

@@ -21,7 +21,8 @@ use crate::{
 use std::{collections::BTreeMap, ops::Range};
 
 /// Remedy for a tensor whose type cannot be computed with.
-const CONVERT: &str = "Convert the checkpoint to F32, F16 or BF16 (for example with `save_pretrained` after `.to(torch.bfloat16)`)";
+const CONVERT: &str =
+    "Convert the checkpoint to F32, F16 or BF16 (for example with `save_pretrained` after `.to(torch.bfloat16)`)";
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -163,7 +164,8 @@ fn check_coverage(entries: &[Entry], buffer: Range<usize>) -> Result<()> {
     let mut at = buffer.start;
     for e in order {
         if e.range.start != at {
-            let found = if e.range.start < at { "data that overlaps the tensor before" } else { "a hole before the data" };
+            let found =
+                if e.range.start < at { "data that overlaps the tensor before" } else { "a hole before the data" };
             let expected = format!("data that starts at byte {at}");
             return Err(Error::malformed(found, expected).in_item(&e.name).at_byte(e.range.start as u64));
         }

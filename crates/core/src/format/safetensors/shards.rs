@@ -92,7 +92,8 @@ impl Model {
     /// # Errors
     /// [`Error::Missing`] with the name.
     pub fn require(&self, name: &str) -> Result<(&Entry, Bytes)> {
-        self.get(name).ok_or_else(|| Error::missing("this tensor", "The checkpoint does not fit its config.json").in_item(name))
+        self.get(name)
+            .ok_or_else(|| Error::missing("this tensor", "The checkpoint does not fit its config.json").in_item(name))
     }
 
     /// Names of all tensors, sorted.

@@ -85,8 +85,16 @@ fn handcrafted_bad_files() {
         (t(r#"{"dtype":"F4","shape":[3],"data_offsets":[0,2]}"#), 2, "in units of 8"),
         (t(r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}"#), 0, "does not fit"),
         (t(r#"{"dtype":"F32","shape":[2199023255552],"data_offsets":[0,0]}"#), 0, "more than the limit"),
-        (t(r#"{"dtype":"U8","shape":[1],"data_offsets":[18446744073709551615,18446744073709551616]}"#), 1, "invalid type"),
-        (t(r#"{"dtype":"U8","shape":[1],"data_offsets":[18446744073709551614,18446744073709551615]}"#), 1, "does not fit"),
+        (
+            t(r#"{"dtype":"U8","shape":[1],"data_offsets":[18446744073709551615,18446744073709551616]}"#),
+            1,
+            "invalid type",
+        ),
+        (
+            t(r#"{"dtype":"U8","shape":[1],"data_offsets":[18446744073709551614,18446744073709551615]}"#),
+            1,
+            "does not fit",
+        ),
         (t(r#"{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}"#), 4, "`dtype` twice"),
         (format!(r#"{{"t":{0},"t":{0}}}"#, r#"{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#), 0, "two tensors"),
         (
@@ -140,7 +148,17 @@ fn large_headers_are_refused_or_read_fast() {
 fn shard_names_must_be_plain() {
     let index = |shard: &str| format!(r#"{{"metadata":{{}},"weight_map":{{"w":"{shard}"}}}}"#);
     assert_eq!(shard_names(index("model-00001-of-00002.safetensors").as_bytes()).unwrap().len(), 1);
-    for bad in ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", "", "..", ".safetensors", "C:x.safetensors", "a\\\\b.safetensors"] {
+    for bad in [
+        "../x.safetensors",
+        "/x.safetensors",
+        "a/b.safetensors",
+        "x.bin",
+        "",
+        "..",
+        ".safetensors",
+        "C:x.safetensors",
+        "a\\\\b.safetensors",
+    ] {
         let e = shard_names(index(bad).as_bytes()).unwrap_err().to_string();
         assert!(e.contains("a plain file name"), "{bad}: {e}");
     }
@@ -168,7 +186,12 @@ fn sharded_checkpoints() {
     assert!(model.require("c").unwrap_err().to_string().starts_with("`c`: this tensor is missing."));
     let split = model.hash(b"config");
     std::fs::remove_file(dir.path().join("model.safetensors.index.json")).unwrap();
-    let both = [("b", 4), ("a", 0)].map(|(name, _)| NewTensor { name, dtype: Dtype::F32, shape: &[1], data: &[0, 0, 128, 63] });
+    let both = [("b", 4), ("a", 0)].map(|(name, _)| NewTensor {
+        name,
+        dtype: Dtype::F32,
+        shape: &[1],
+        data: &[0, 0, 128, 63],
+    });
     put("model.safetensors", &bytes_of(&both, &[]));
     let single = Model::open(dir.path(), crate::map::LoadMode::Map).unwrap();
     assert_eq!(single.hash(b"config"), split, "the split into shards does not matter");
