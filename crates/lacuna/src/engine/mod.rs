@@ -1,3 +1,197 @@
-//! The engine.
+//! The engine: one [`Engine`] per model, one [`Session`] per conversation.
+//!
+//! Prefill runs many tokens through matrix products and is dense. Decode runs one token through dot products, or
+//! through what a [`CompiledPlan`] keeps. Both write keys and values into the session's pages and follow
+//! [`crate::model::spec::Spec`] alone: no architecture and no method is named here.
 
+mod compiled;
+mod experts;
+mod forward;
+pub mod generate;
+mod kv;
+mod linear;
+mod mlp;
+mod rows;
 pub mod sampler;
+mod session;
+mod shared;
+mod sparse;
+
+pub use compiled::{CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
+pub use kv::kv_bytes;
+pub use lacuna_kernels::attention::KvType;
+pub use session::Session;
+
+use crate::{
+    error::{Error, Result},
+    model::weights::{Gated, Linear, Mlp, Model},
+};
+use kv::BlockPool;
+use lacuna_core::weight::Orientation;
+use lacuna_kernels::Pool;
+use shared::Shared;
+use std::sync::Arc;
+
+/// How an engine runs.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Threads; 0: one per core.
+    pub threads: usize,
+    /// How keys and values are stored.
+    pub kv: KvType,
+    /// Most tokens that prefill runs at once; bounds its memory.
+    pub prefill_chunk: usize,
+    /// What decode skips.
+    pub plan: Option<Arc<CompiledPlan>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { threads: 0, kv: KvType::F16, prefill_chunk: 512, plan: None }
+    }
+}
+
+/// A model that is ready to run. Clones share everything.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Makes the threads for `model`.
+    ///
+    /// # Errors
+    /// Options out of their range, or a plan for another number of layers or other shapes.
+    pub fn new(model: Arc<Model>, options: Options) -> Result<Self> {
+        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = if options.threads == 0 { cores() } else { options.threads };
+        within("threads", threads, 1, 1024)?;
+        within("prefill_chunk", options.prefill_chunk, 1, 1 << 16)?;
+        if let Some(plan) = &options.plan {
+            check_plan(&model, plan)?;
+        }
+        let blocks = Arc::new(BlockPool::new(&model.spec, options.kv)?);
+        let (kv, prefill_chunk, plan) = (options.kv, options.prefill_chunk, options.plan);
+        Ok(Self { shared: Arc::new(Shared { model, pool: Pool::new(threads), kv, blocks, prefill_chunk, plan }) })
+    }
+
+    /// The same model and threads with another plan, or none.
+    ///
+    /// # Errors
+    /// A plan for another number of layers or other shapes.
+    pub fn with_plan(&self, plan: Option<Arc<CompiledPlan>>) -> Result<Self> {
+        let threads = self.threads();
+        let Shared { model, kv, prefill_chunk, .. } = &*self.shared;
+        Self::new(model.clone(), Options { threads, kv: *kv, prefill_chunk: *prefill_chunk, plan })
+    }
+
+    /// A conversation of at most `context` tokens, 0: as many as the model was made for. Pages of keys and values are
+    /// made as it grows.
+    ///
+    /// # Errors
+    /// A context longer than the model's.
+    pub fn session(&self, context: usize) -> Result<Session> {
+        let most = self.shared.model.spec.context;
+        let context = if context == 0 { most } else { context };
+        if context > most {
+            let problem = format!("{context} is more than the {most} positions this model was made for");
+            return Err(Error::Argument { name: "context", problem });
+        }
+        Ok(Session::new(self.shared.clone(), context))
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.shared.model
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.shared.pool.threads()
+    }
+
+    /// The threads, for other work on the same model (conversions); one job runs at a time.
+    pub fn pool(&self) -> &Pool {
+        &self.shared.pool
+    }
+
+    /// How keys and values are stored.
+    pub fn kv(&self) -> KvType {
+        self.shared.kv
+    }
+
+    /// Bytes that a dense decode step reads with `depth` tokens in the context: weights (of the active experts only),
+    /// keys and values. What a plan saves is in [`Session::counters`].
+    pub fn bytes_per_token(&self, depth: usize) -> u64 {
+        let model = &self.shared.model;
+        let mut bytes = weight_bytes(&model.head) + model.embed.matrix().row_bytes() as u64;
+        for (block, spec) in model.blocks.iter().zip(&model.spec.blocks) {
+            bytes += [&block.q, &block.k, &block.v, &block.o].map(weight_bytes).iter().sum::<u64>();
+            bytes += match &block.mlp {
+                Mlp::Gated(gated) => gated_bytes(gated),
+                Mlp::Plain { up, down } => weight_bytes(up) + weight_bytes(down),
+                Mlp::Experts { router, experts } => {
+                    let active = match spec.mlp {
+                        crate::model::spec::MlpSpec::Experts { active, .. } => active,
+                        _ => 0,
+                    };
+                    weight_bytes(router) + experts.first().map_or(0, gated_bytes) * active as u64
+                }
+            };
+        }
+        bytes + kv_bytes_read(&self.shared, depth)
+    }
+}
+
+/// Bytes of keys and values that one decode step reads at `depth`.
+fn kv_bytes_read(shared: &Shared, depth: usize) -> u64 {
+    let read = |b: &crate::model::spec::BlockSpec| {
+        let seen = b.window.map_or(depth, |w| w.min(depth));
+        (seen * b.kv_heads * b.head_dim * 2 * shared.kv.bytes()) as u64
+    };
+    shared.model.spec.blocks.iter().map(read).sum()
+}
+
+fn weight_bytes(linear: &Linear) -> u64 {
+    linear.weight.bytes().len() as u64
+}
+
+fn gated_bytes(w: &Gated) -> u64 {
+    [&w.gate, &w.up, &w.down].map(weight_bytes).iter().sum()
+}
+
+fn within(name: &'static str, value: usize, low: usize, high: usize) -> Result<()> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Argument { name, problem: format!("{value} is not within {low} to {high}") })
+}
+
+/// Checks that every rule of `plan` fits the weights it stands in for.
+fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
+    let error = |problem: String| Error::Argument { name: "plan", problem };
+    if plan.layers.len() != model.blocks.len() {
+        return Err(error(format!("{} layers, but the model has {}", plan.layers.len(), model.blocks.len())));
+    }
+    for (layer, (rules, block)) in plan.layers.iter().zip(&model.blocks).enumerate() {
+        for proj in lacuna_core::site::Proj::ALL {
+            let Some(rule) = rules.input(proj) else { continue };
+            let fits = block.linear(proj).is_some_and(|l| stands_in(&rule.weight, &l.weight));
+            if !fits {
+                return Err(error(format!("layer {layer}: the weight of {proj} is not an input-major copy of it")));
+            }
+        }
+        let Some(rule) = &rules.neurons else { continue };
+        let fits = matches!(&block.mlp, Mlp::Gated(g)
+            if stands_in(&rule.down, &g.down.weight) && g.up.weight.orientation() == Orientation::OutputMajor);
+        if !fits {
+            return Err(error(format!("layer {layer}: a rule on neurons needs a gated MLP and its down projection")));
+        }
+    }
+    Ok(())
+}
+
+fn stands_in(copy: &lacuna_core::weight::Weight, original: &lacuna_core::weight::Weight) -> bool {
+    copy.orientation() == Orientation::InputMajor
+        && (copy.outputs(), copy.inputs()) == (original.outputs(), original.inputs())
+}

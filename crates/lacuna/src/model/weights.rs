@@ -1,7 +1,7 @@
 //! The weights of a model, bound to their places. All matrices are [`Weight`]s, usually parts of a mapped file.
 
 use super::spec::Spec;
-use lacuna_core::weight::Weight;
+use lacuna_core::{site::Proj, weight::Weight};
 
 /// `y = W x + b`.
 #[derive(Clone, Debug)]
@@ -97,4 +97,20 @@ pub struct Model {
     pub head: Linear,
     /// Hex hash that binds plans and converted layouts to these weights.
     pub hash: String,
+}
+
+impl Block {
+    /// The linear layer of a projection; `None` where the MLP has no such single layer (plain: gate; experts: all three).
+    pub fn linear(&self, proj: Proj) -> Option<&Linear> {
+        match (proj, &self.mlp) {
+            (Proj::Q, _) => Some(&self.q),
+            (Proj::K, _) => Some(&self.k),
+            (Proj::V, _) => Some(&self.v),
+            (Proj::O, _) => Some(&self.o),
+            (Proj::Gate, Mlp::Gated(g)) => Some(&g.gate),
+            (Proj::Up, Mlp::Gated(Gated { up, .. }) | Mlp::Plain { up, .. }) => Some(up),
+            (Proj::Down, Mlp::Gated(Gated { down, .. }) | Mlp::Plain { down, .. }) => Some(down),
+            (Proj::Gate, Mlp::Plain { .. }) | (_, Mlp::Experts { .. }) => None,
+        }
+    }
 }

@@ -1,0 +1,290 @@
+//! The forward pass over some tokens of one session: one vector through dot-form products while decoding, many rows
+//! through matrix products in prefill. The order of operations is that of [`crate::reference`].
+
+use super::{
+    compiled::Counters,
+    kv::KvCache,
+    linear::{Linears, Part, Sparsity},
+    rows,
+    shared::Shared,
+};
+use crate::model::{
+    spec::{BlockSpec, NormKind, Position, RopePairs, Spec},
+    weights::{Block, Linear, Norm},
+};
+use lacuna_core::{
+    observer::Observer,
+    site::{Point, Proj},
+};
+use lacuna_kernels::{Pool, attention, convert::decode_run, elementwise};
+
+/// How products are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// One token; the plan applies.
+    Decode,
+    /// Any number of tokens, dense.
+    Prefill,
+}
+
+/// Buffers of a pass, reused from pass to pass; rows of the tokens lie one after the other.
+#[derive(Default)]
+pub(super) struct Workspace {
+    /// Residual stream.
+    pub x: Vec<f32>,
+    /// Normalised input of the next projections.
+    pub h: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    /// Output of the attention, kept apart while the MLP of a parallel block runs.
+    branch: Vec<f32>,
+    /// Output of the MLP.
+    pub y: Vec<f32>,
+    pub gate: Vec<f32>,
+    pub up: Vec<f32>,
+    /// Per rotary table: cos and sin of each token's position.
+    cos: Vec<Vec<f32>>,
+    sin: Vec<Vec<f32>>,
+    scratch: attention::Scratch,
+    pub linears: Linears,
+    pub experts: super::experts::ExpertBuffers,
+}
+
+/// One pass.
+pub(super) struct Forward<'a> {
+    pub shared: &'a Shared,
+    pub kv: &'a mut KvCache,
+    pub ws: &'a mut Workspace,
+    pub counters: &'a mut Counters,
+    pub observer: &'a mut dyn Observer,
+    /// Position of the first token.
+    pub start: usize,
+    pub mode: Mode,
+}
+
+/// `buffer` with exactly `len` numbers; their values mean nothing.
+pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    &mut buffer[..]
+}
+
+/// Normalises rows of `norm.gain.len()` numbers.
+pub(super) fn normalise(pool: &Pool, spec: &Spec, norm: &Norm, x: &[f32], out: &mut [f32]) {
+    match spec.norm {
+        NormKind::Rms => elementwise::rms_norm_rows(pool, x, &norm.gain, spec.norm_eps, out),
+        NormKind::Layer => {
+            elementwise::layer_norm_rows(pool, x, &norm.gain, norm.bias.as_deref(), spec.norm_eps, out);
+        }
+    }
+}
+
+/// Normalises rows in place, with a copy of each row where the kernel needs one.
+fn normalise_in_place(pool: &Pool, spec: &Spec, norm: &Norm, x: &mut [f32], copy: &mut Vec<f32>) {
+    copy.clear();
+    copy.extend_from_slice(x);
+    normalise(pool, spec, norm, copy, x);
+}
+
+impl Forward<'_> {
+    /// Runs all blocks over `tokens`; the residual stream is left in the workspace, the keys and values in the cache.
+    pub fn run(&mut self, tokens: &[u32]) {
+        self.kv.grow(self.start + tokens.len());
+        self.embed(tokens);
+        self.rotations(tokens.len());
+        for layer in 0..self.shared.model.blocks.len() {
+            self.block(layer, tokens.len());
+        }
+    }
+
+    /// The final norm of row `row` of the residual stream, or of all rows.
+    pub fn head_input(&mut self, row: Option<usize>) -> &[f32] {
+        let (spec, pool) = (&self.shared.model.spec, &self.shared.pool);
+        let width = spec.width;
+        let Workspace { x, h, .. } = &mut *self.ws;
+        let x = row.map_or(&x[..], |r| &x[r * width..(r + 1) * width]);
+        normalise(pool, spec, &self.shared.model.final_norm, x, sized(h, x.len()));
+        show(self.observer, Point::Head, width, h);
+        h
+    }
+
+    fn embed(&mut self, tokens: &[u32]) {
+        let model = &self.shared.model;
+        let (spec, embed) = (&model.spec, model.embed.matrix());
+        let x = sized(&mut self.ws.x, tokens.len() * spec.width);
+        let learned = match (&spec.position, &model.positions) {
+            (Position::Learned { offset }, Some(table)) => Some((*offset, table.matrix())),
+            _ => None,
+        };
+        let start = self.start;
+        rows::each(&self.shared.pool, x, spec.width, |i, row| {
+            decode_run(embed.format(), embed.row(tokens[i] as usize), row);
+            if spec.embed_scale != 1.0 {
+                row.iter_mut().for_each(|v| *v *= spec.embed_scale);
+            }
+            if let Some((offset, table)) = learned {
+                let mut position = vec![0.0; spec.width];
+                decode_run(table.format(), table.row(start + i + offset), &mut position);
+                elementwise::add(row, &position);
+            }
+        });
+    }
+
+    /// Fills the tables of cosines and sines for `n` positions.
+    fn rotations(&mut self, n: usize) {
+        let ropes = &self.shared.model.spec.ropes;
+        let Workspace { cos, sin, .. } = &mut *self.ws;
+        cos.resize_with(ropes.len(), Vec::new);
+        sin.resize_with(ropes.len(), Vec::new);
+        for (r, rope) in ropes.iter().enumerate() {
+            let half = rope.freqs.len();
+            let (cos, sin) = (sized(&mut cos[r], n * half), sized(&mut sin[r], n * half));
+            for (i, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
+                elementwise::rope_table(&rope.freqs, self.start + i, rope.factor, cos, sin);
+            }
+        }
+    }
+
+    fn block(&mut self, layer: usize, n: usize) {
+        let (shared, pool) = (self.shared, &self.shared.pool);
+        let (spec, weights) = (&shared.model.spec, &shared.model.blocks[layer]);
+        let block = &spec.blocks[layer];
+        let width = spec.width;
+        {
+            let Workspace { x, h, .. } = &mut *self.ws;
+            normalise(pool, spec, &weights.attn_norm, x, sized(h, n * width));
+        }
+        self.attention(layer, block, weights, n);
+        let Workspace { x, h, branch, up, .. } = &mut *self.ws;
+        if let Some(post) = &weights.attn_post_norm {
+            normalise_in_place(pool, spec, post, branch, up);
+        }
+        if !block.parallel {
+            rows::add(pool, x, branch, width);
+        }
+        normalise(pool, spec, &weights.mlp_norm, x, sized(h, n * width));
+        self.mlp(layer, block, &weights.mlp, n);
+        let Workspace { x, y, branch, up, .. } = &mut *self.ws;
+        if let Some(post) = &weights.mlp_post_norm {
+            normalise_in_place(pool, spec, post, y, up);
+        }
+        if block.parallel {
+            rows::add(pool, x, branch, width);
+        }
+        rows::add(pool, x, y, width);
+        show(self.observer, Point::Output { layer }, width, &self.ws.x);
+    }
+
+    /// From the normalised `h` to `branch`.
+    fn attention(&mut self, layer: usize, block: &BlockSpec, weights: &Block, n: usize) {
+        let shared = self.shared;
+        let (pool, spec) = (&shared.pool, &shared.model.spec);
+        let (q_width, kv_width) = (block.heads * block.head_dim, block.kv_heads * block.head_dim);
+        for proj in [Proj::Q, Proj::K, Proj::V] {
+            show(self.observer, Point::Input { layer, proj }, spec.width, &self.ws.h);
+        }
+        let Workspace { h, q, k, v, linears, .. } = &mut *self.ws;
+        let parts = [
+            (Proj::Q, &weights.q, sized(q, n * q_width)),
+            (Proj::K, &weights.k, sized(k, n * kv_width)),
+            (Proj::V, &weights.v, sized(v, n * kv_width)),
+        ];
+        project(self.mode, shared, linears, (layer, &mut *self.counters), h, n, parts);
+        self.rotate_and_store(layer, block, weights);
+        let Workspace { q, attended, scratch, .. } = &mut *self.ws;
+        let attended = sized(attended, n * q_width);
+        let asked = attention_spec(block);
+        let (mode, start) = (self.mode, self.start);
+        self.kv.read(layer, block, |cache| match mode {
+            Mode::Decode => attention::decode(pool, &asked, cache, start + 1, q, attended, scratch),
+            Mode::Prefill => attention::prefill(pool, &asked, cache, start, q, attended, scratch),
+        });
+        show(self.observer, Point::Input { layer, proj: Proj::O }, q_width, attended);
+        let Workspace { attended, branch, linears, .. } = &mut *self.ws;
+        let parts = [(Proj::O, &weights.o, sized(branch, n * spec.width))];
+        project(mode, shared, linears, (layer, &mut *self.counters), attended, n, parts);
+    }
+
+    /// Norms and rotation of queries and keys; keys and values go into the cache.
+    fn rotate_and_store(&mut self, layer: usize, block: &BlockSpec, weights: &Block) {
+        let (pool, spec) = (&self.shared.pool, &self.shared.model.spec);
+        let Workspace { q, k, v, cos, sin, up, .. } = &mut *self.ws;
+        for (x, norm) in [(&mut *q, &weights.q_norm), (&mut *k, &weights.k_norm)] {
+            if let Some(norm) = norm {
+                normalise_in_place(pool, spec, norm, x, up);
+            }
+        }
+        if let Some((r, rope)) = block.rope.and_then(|r| Some((r, spec.ropes.get(r)?))) {
+            let pairs = match rope.pairs {
+                RopePairs::Half => elementwise::RopePairs::Half,
+                RopePairs::Adjacent => elementwise::RopePairs::Adjacent,
+            };
+            let half = rope.freqs.len();
+            for (x, heads) in [(q, block.heads), (&mut *k, block.kv_heads)] {
+                rows::each(pool, x, heads * block.head_dim, |i, row| {
+                    let at = i * half..(i + 1) * half;
+                    elementwise::rope(row, block.head_dim, pairs, &cos[r][at.clone()], &sin[r][at]);
+                });
+            }
+        }
+        self.kv.write(layer, block, self.start, k, v);
+    }
+}
+
+fn attention_spec(block: &BlockSpec) -> attention::Spec {
+    attention::Spec {
+        heads: block.heads,
+        kv_heads: block.kv_heads,
+        head_dim: block.head_dim,
+        scale: block.scale,
+        window: block.window,
+        cap: block.score_cap,
+    }
+}
+
+/// Projections of the `n` rows of `x`; while decoding, as the plan says.
+pub(super) fn project<const N: usize>(
+    mode: Mode,
+    shared: &Shared,
+    linears: &mut Linears,
+    (layer, counters): (usize, &mut Counters),
+    x: &[f32],
+    n: usize,
+    parts: [(Proj, &Linear, &mut [f32]); N],
+) {
+    match mode {
+        Mode::Decode => {
+            let parts = parts.into_iter().map(|(proj, linear, out)| Part { proj, linear, out }).collect();
+            linears.decode(&shared.pool, &mut sparsity(shared, layer, counters), x, parts);
+        }
+        Mode::Prefill => linears.prefill(&shared.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out))),
+    }
+}
+
+/// The plan and the counters of a layer.
+pub(super) fn sparsity<'a>(shared: &'a Shared, layer: usize, counters: &'a mut Counters) -> Sparsity<'a> {
+    Sparsity {
+        plan: shared.plan.as_ref().and_then(|p| p.layers.get(layer)),
+        counts: &mut counters.layers[layer],
+        bytes: &mut counters.weight_bytes,
+    }
+}
+
+/// Shows a point to the observer, if it wants it.
+pub(super) fn show(observer: &mut dyn Observer, point: Point, width: usize, values: &[f32]) {
+    if observer.wants(point) {
+        observer.observe(point, width, values);
+    }
+}
+
+/// An observer that wants nothing.
+pub(super) struct Nobody;
+
+impl Observer for Nobody {
+    fn wants(&self, _: Point) -> bool {
+        false
+    }
+
+    fn observe(&mut self, _: Point, _: usize, _: &[f32]) {}
+}

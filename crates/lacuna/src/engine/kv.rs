@@ -1,0 +1,112 @@
+//! The key/value cache: positions in blocks of [`PAGE_LEN`], each block one buffer that holds the page of every layer.
+//! Blocks come from a free list that the sessions of an engine share, and are made when a context grows into them.
+
+use crate::{
+    error::{Error, Result},
+    model::spec::{BlockSpec, Spec},
+};
+use lacuna_kernels::attention::{Cache, KvShape, KvType, PAGE_LEN, PageBuf, page_bytes, write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where the page of each layer lies in a block, and the blocks that no session uses.
+pub(super) struct BlockPool {
+    ty: KvType,
+    /// Start of each layer's page, then the length of a block.
+    offsets: Vec<usize>,
+    free: Mutex<Vec<PageBuf>>,
+}
+
+fn shape(block: &BlockSpec) -> KvShape {
+    KvShape { kv_heads: block.kv_heads, head_dim: block.head_dim, page_len: PAGE_LEN }
+}
+
+/// Bytes of keys and values for `positions` positions: whole blocks; `None` if the size overflows.
+pub fn kv_bytes(spec: &Spec, ty: KvType, positions: usize) -> Option<usize> {
+    let block = spec.blocks.iter().try_fold(0usize, |sum, b| sum.checked_add(page_bytes(ty, shape(b))?))?;
+    block.checked_mul(positions.div_ceil(PAGE_LEN))
+}
+
+impl BlockPool {
+    pub fn new(spec: &Spec, ty: KvType) -> Result<Self> {
+        let mut offsets = vec![0];
+        for (layer, block) in spec.blocks.iter().enumerate() {
+            let bytes = page_bytes(ty, shape(block));
+            let end = bytes.and_then(|b| b.checked_next_multiple_of(64)?.checked_add(offsets[layer]));
+            offsets.push(end.ok_or_else(|| Error::Argument {
+                name: "spec",
+                problem: format!("layer {layer}: keys of {:?} have no page size", shape(block)),
+            })?);
+        }
+        Ok(Self { ty, offsets, free: Mutex::new(Vec::new()) })
+    }
+
+    fn take(&self) -> PageBuf {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(|| PageBuf::zeroed(self.offsets.last().copied().unwrap_or(0)))
+    }
+
+    fn give(&self, blocks: impl Iterator<Item = PageBuf>) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).extend(blocks);
+    }
+
+    /// Number of blocks that wait for a user.
+    #[cfg(test)]
+    pub fn free(&self) -> usize {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+/// The keys and values of one session.
+pub(super) struct KvCache {
+    pool: Arc<BlockPool>,
+    blocks: Vec<PageBuf>,
+}
+
+impl KvCache {
+    pub fn new(pool: Arc<BlockPool>) -> Self {
+        Self { pool, blocks: Vec::new() }
+    }
+
+    /// Makes room for `len` positions.
+    pub fn grow(&mut self, len: usize) {
+        while self.blocks.len() < len.div_ceil(PAGE_LEN) {
+            self.blocks.push(self.pool.take());
+        }
+    }
+
+    /// Gives back the blocks behind position `len`.
+    pub fn truncate(&mut self, len: usize) {
+        let keep = len.div_ceil(PAGE_LEN).min(self.blocks.len());
+        self.pool.give(self.blocks.drain(keep..));
+    }
+
+    /// Stores keys and values (`kv_heads * head_dim` numbers per position) of positions from `start` on.
+    pub fn write(&mut self, layer: usize, block: &BlockSpec, start: usize, k: &[f32], v: &[f32]) {
+        let width = block.kv_heads * block.head_dim;
+        let range = self.page(layer, block);
+        for (i, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+            let position = start + i;
+            let page = &mut self.blocks[position / PAGE_LEN][range.clone()];
+            write(self.pool.ty, shape(block), page, position % PAGE_LEN, k, v);
+        }
+    }
+
+    fn page(&self, layer: usize, block: &BlockSpec) -> std::ops::Range<usize> {
+        let start = self.pool.offsets[layer];
+        let bytes = page_bytes(self.pool.ty, shape(block)).expect("checked when the pool was made");
+        start..start + bytes
+    }
+
+    /// Calls `f` with the pages of `layer`.
+    pub fn read<R>(&self, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
+        let range = self.page(layer, block);
+        let pages: Vec<&[u8]> = self.blocks.iter().map(|b| &b[range.clone()]).collect();
+        f(&Cache { ty: self.pool.ty, page_len: PAGE_LEN, pages: &pages })
+    }
+}
+
+impl Drop for KvCache {
+    fn drop(&mut self) {
+        self.truncate(0);
+    }
+}
