@@ -13,7 +13,7 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, VL, DQ, VBMI, VNNI and BF16 (Zen 4 and later, Sapphire Rapids and later).
+    /// AVX-512 F, BW, VL, DQ, VBMI, VNNI and BF16, with GFNI (Zen 4 and later, Sapphire Rapids and later).
     Avx512,
     /// AVX-512 as above plus AMX tiles for int8 and bf16; kernels without a tile form use their AVX-512 form.
     Amx,
@@ -135,6 +135,7 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("avx512bf16")
         && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("gfni")
 }
 
 /// AMX in CPUID (leaf 7: EDX bit 22 bf16, 24 tile, 25 int8) and the kernel's permission to use the tile registers.

@@ -4,10 +4,16 @@
 //! chunks, or which other rows are computed. Float formats compute in f32 on widened weights; block formats take
 //! exact integer dot products per block with the int8 form of the vector ([`Operand`]) and scale them in f32.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod operand;
 mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use operand::Operand;
 
@@ -137,11 +143,31 @@ impl<'a> Rows<'a> {
         let i = self.start + i;
         self.w.row(self.index.map_or(i, |index| index[i] as usize))
     }
+
+    /// The bytes of the row that comes `i` after the claim's first, if there is one: to prefetch beyond the claim.
+    #[cfg(target_arch = "x86_64")]
+    fn peek(&self, i: usize) -> Option<&'a [u8]> {
+        let i = self.start + i;
+        let row = match self.index {
+            Some(index) => *index.get(i)? as usize,
+            None => i,
+        };
+        (row < self.w.rows()).then(|| self.w.row(row))
+    }
 }
 
 fn compute(isa: Isa, rows: &Rows, x: &Operand, y: &mut [f32]) {
-    let _ = isa;
-    for (i, y) in y.iter_mut().enumerate() {
-        *y = scalar::dot(rows.w.format(), rows.get(i), x);
+    match isa {
+        // SAFETY: `run_parts` has checked that the CPU has this instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::compute(rows, x, y) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::compute(rows, x, y) },
+        _ => {
+            for (i, y) in y.iter_mut().enumerate() {
+                *y = scalar::dot(rows.w.format(), rows.get(i), x);
+            }
+        }
     }
 }
