@@ -9,6 +9,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A file is damaged, or the system refused.
+    #[error(transparent)]
+    Core(#[from] lacuna_core::error::Error),
     /// A file could not be read or written.
     #[error("{}: {source}", file.display())]
     Io {

@@ -5,4 +5,5 @@ pub mod chat;
 pub mod engine;
 pub mod error;
 pub mod model;
+pub mod reference;
 pub mod tokenizer;

@@ -1,0 +1,130 @@
+//! Opening a model: a Hugging Face directory or a GGUF file, parsed and understood, but not yet bound.
+
+use super::arch::{self};
+use super::bind::bind;
+use super::fields::Fields;
+use super::memory::MemoryEstimate;
+use super::names::Names;
+use super::source::{Source, Stored};
+use super::spec::Spec;
+use super::validate::validate;
+use super::weights::Model;
+use crate::error::{Error, Result};
+use lacuna_core::format::{config::Config, safetensors};
+use lacuna_core::map::{self, LoadMode};
+use lacuna_core::size::cap;
+use serde_json::Map;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// How to load.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    /// Mapped or read.
+    pub mode: LoadMode,
+    /// Look at every weight for NaN and infinity (reads the whole file).
+    pub check_tensors: bool,
+    /// The context that will be used; decides between the short and the long table of longrope models.
+    pub context: Option<usize>,
+}
+
+/// A model whose files are open, parsed and understood: what `inspect` shows, and what memory estimates are made from.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What the model computes.
+    pub spec: Spec,
+    /// Its tensors.
+    pub source: Source,
+    pub(super) names: &'static Names,
+    pub(super) tied: Option<bool>,
+    pub(super) hash: String,
+}
+
+impl Checkpoint {
+    /// Opens the directory or file `path`.
+    ///
+    /// # Errors
+    /// What is not there, damaged, unknown or impossible, by file, key and tensor.
+    pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let checkpoint = if path.is_dir() {
+            open_directory(path, options)?
+        } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            super::gguf::open(path, options)?
+        } else {
+            let problem = if path.exists() {
+                "expected a directory with config.json and safetensors files, or a file that ends in .gguf"
+            } else {
+                "there is no such file or directory"
+            };
+            return Err(Error::NoModel { file: path.into(), problem: problem.into() });
+        };
+        validate(&checkpoint.source.file, &checkpoint.spec)?;
+        if options.check_tensors {
+            checkpoint.source.check_finite()?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// Memory for a context of `context` positions with `kv_bytes` bytes per cached number.
+    pub fn memory(&self, context: usize, kv_bytes: usize) -> MemoryEstimate {
+        let weights = self.source.tensors.values().map(|t| t.bytes.len() as u64).sum();
+        MemoryEstimate::new(&self.spec, weights, context, kv_bytes)
+    }
+
+    /// Puts every tensor in its place.
+    ///
+    /// # Errors
+    /// Missing tensors, or shapes that do not fit the spec.
+    pub fn bind(self) -> Result<Model> {
+        bind(&self.source, self.names, self.spec, self.tied, self.hash)
+    }
+}
+
+/// Loads the model at `path`: [`Checkpoint::open`], then [`Checkpoint::bind`].
+///
+/// # Errors
+/// Those of both.
+pub fn load(path: &Path, options: &LoadOptions) -> Result<Model> {
+    Checkpoint::open(path, options)?.bind()
+}
+
+fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
+    let file = dir.join("config.json");
+    if !file.exists() {
+        return Err(Error::NoModel { file: dir.into(), problem: "the directory has no config.json".into() });
+    }
+    let json = map::read_small(&file, cap::CONFIG)?;
+    let config = Config::parse(&json).map_err(|e| e.in_file(&file))?;
+    let settings: Map<_, _> = config.keys().filter_map(|k| Some((k.to_owned(), config.get(k)?.clone()))).collect();
+    let fields = Fields::new(file.display().to_string(), options.context, settings);
+    let arch = arch::of_config(&fields)?;
+    if let Some(method) = fields.get("quantization_config").and_then(|q| q.get("quant_method")) {
+        return Err(fields.unsupported(format!("quantization_config with method {method}"), "; use a GGUF file"));
+    }
+    let spec = (arch.spec)(&fields)?;
+    let files = safetensors::Model::open(dir, options.mode)?;
+    let hash = files.hash(&json);
+    let source = source_of(dir, &files);
+    let tied = fields.flag_or("tie_word_embeddings", false)?.then_some(true).or_else(|| {
+        let said = fields.get("tie_word_embeddings").is_some();
+        said.then_some(false)
+    });
+    Ok(Checkpoint { spec, source, names: arch.names, tied, hash })
+}
+
+fn source_of(dir: &Path, files: &safetensors::Model) -> Source {
+    let mut source = Source::new(dir.display().to_string(), BTreeMap::new());
+    for name in files.names() {
+        let Some((entry, bytes)) = files.get(name) else { continue };
+        match entry.dtype.format() {
+            Some(format) => {
+                let shape = entry.shape.iter().map(|n| *n as usize).collect();
+                source.tensors.insert(name.into(), Stored { format, shape, bytes });
+            }
+            None => {
+                source.unusable.insert(name.into(), entry.dtype.name());
+            }
+        }
+    }
+    source
+}

@@ -1,0 +1,184 @@
+//! The named tensors of a model, whatever files they come from, and how parts of them become weights.
+
+use super::weights::Linear;
+use crate::error::{Error, Result};
+use lacuna_core::bytes::Bytes;
+use lacuna_core::weight::{Orientation, Weight};
+use lacuna_kernels::Format;
+use lacuna_kernels::convert::decode_run;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// A stored tensor.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// How its rows are stored.
+    pub format: Format,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Its bytes, usually a part of a mapped file.
+    pub bytes: Bytes,
+}
+
+/// All tensors of a model.
+#[derive(Debug, Default)]
+pub struct Source {
+    /// What error messages call it: a file, or the directory of shards.
+    pub file: String,
+    /// The tensors by name.
+    pub tensors: BTreeMap<String, Stored>,
+    /// Tensors of types that weights cannot have, with the name of the type.
+    pub unusable: BTreeMap<String, &'static str>,
+    used: RefCell<BTreeSet<String>>,
+}
+
+impl Source {
+    /// A source named `file` of these tensors.
+    pub fn new(file: String, tensors: BTreeMap<String, Stored>) -> Self {
+        Self { file, tensors, ..Self::default() }
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor `name`, which must have this shape.
+    fn get(&self, name: &str, shape: &[usize]) -> Result<&Stored> {
+        let t = self.tensors.get(name).ok_or_else(|| self.absent(name))?;
+        if t.shape != shape {
+            let (expected, found) = (shape.to_vec(), t.shape.clone());
+            return Err(Error::Shape { file: self.file.clone(), tensor: name.into(), expected, found });
+        }
+        self.used.borrow_mut().insert(name.into());
+        Ok(t)
+    }
+
+    fn absent(&self, name: &str) -> Error {
+        let file = self.file.clone();
+        match self.unusable.get(name) {
+            None => Error::MissingTensor { file, tensor: name.into() },
+            Some(kind) => {
+                let remedy = "; convert the checkpoint to F32, F16 or BF16".into();
+                Error::Unsupported { file, what: format!("tensor `{name}` of type {kind}"), remedy }
+            }
+        }
+    }
+
+    /// Tensors that nothing asked for.
+    pub fn unused(&self) -> Vec<&str> {
+        let used = self.used.borrow();
+        self.tensors.keys().filter(|k| !used.contains(*k)).map(String::as_str).collect()
+    }
+
+    /// The matrix `name` of `rows` runs of `cols`: a view.
+    ///
+    /// # Errors
+    /// No such tensor, or another shape.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        self.rows(name, rows, cols, 0..rows)
+    }
+
+    /// Some rows of the matrix `name[all, cols]`: a view.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn rows(&self, name: &str, all: usize, cols: usize, rows: Range<usize>) -> Result<Weight> {
+        let t = self.get(name, &[all, cols])?;
+        self.part(name, t, cols, rows)
+    }
+
+    /// The matrices of the tensor `name[count, rows, cols]`: views.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn stacked(&self, name: &str, count: usize, rows: usize, cols: usize) -> Result<Vec<Weight>> {
+        let t = self.get(name, &[count, rows, cols])?;
+        (0..count).map(|i| self.part(name, t, cols, i * rows..(i + 1) * rows)).collect()
+    }
+
+    /// A copy of the given rows of the matrix `name[all, cols]`, in the given order.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn gathered(&self, name: &str, all: usize, cols: usize, rows: &[usize]) -> Result<Weight> {
+        let whole = self.matrix(name, all, cols)?;
+        let m = whole.matrix();
+        let bytes: Vec<u8> = rows.iter().flat_map(|r| m.row(*r)).copied().collect();
+        self.weight(name, m.format(), rows.len(), cols, bytes.into())
+    }
+
+    /// A transposed copy of some columns of `name[inputs, all]`: `W[outputs, inputs]`.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`], or a block format, whose columns cannot be taken apart.
+    pub fn transposed(&self, name: &str, all: usize, inputs: usize, columns: Range<usize>) -> Result<Weight> {
+        let t = self.get(name, &[inputs, all])?;
+        if t.format.block_len() != 1 {
+            let what = format!("tensor `{name}` of type {} in `[inputs, outputs]` order", t.format.name());
+            return Err(Error::Unsupported { file: self.file.clone(), what, remedy: "; use a GGUF file".into() });
+        }
+        let size = t.format.block_bytes();
+        let mut bytes = Vec::with_capacity(columns.len() * inputs * size);
+        for column in columns.clone() {
+            for input in 0..inputs {
+                bytes.extend_from_slice(&t.bytes[(input * all + column) * size..][..size]);
+            }
+        }
+        self.weight(name, t.format, columns.len(), inputs, bytes.into())
+    }
+
+    /// The vector `name` of `n` numbers, decoded.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
+        let t = self.get(name, &[n])?;
+        let weight = self.part(name, t, n, 0..1)?;
+        let mut out = vec![0.0; n];
+        decode_run(t.format, weight.bytes(), &mut out);
+        Ok(out)
+    }
+
+    fn part(&self, name: &str, t: &Stored, cols: usize, rows: Range<usize>) -> Result<Weight> {
+        let run = t.format.run_bytes(cols).unwrap_or(0);
+        let bytes = t.bytes.slice(rows.start.saturating_mul(run)..rows.end.saturating_mul(run));
+        self.weight(name, t.format, rows.len(), cols, bytes.unwrap_or_else(|| Vec::new().into()))
+    }
+
+    /// The last check: the bytes are exactly those of the shape in this format.
+    fn weight(&self, name: &str, format: Format, rows: usize, cols: usize, bytes: Bytes) -> Result<Weight> {
+        let held = bytes.len();
+        Weight::new(format, Orientation::OutputMajor, rows, cols, bytes).ok_or_else(|| Error::Unsupported {
+            file: self.file.clone(),
+            what: format!("tensor `{name}`: {rows} rows of {cols} numbers as {} in {held} bytes", format.name()),
+            remedy: "; rows must be whole blocks: convert the file again".into(),
+        })
+    }
+
+    /// Looks at every number for NaN and infinity.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] with the first one.
+    pub fn check_finite(&self) -> Result<()> {
+        for (name, t) in &self.tensors {
+            let cols = t.shape.last().copied().unwrap_or(1);
+            let Some(run) = t.format.run_bytes(cols).filter(|n| *n > 0) else { continue };
+            let mut row = vec![0.0; cols];
+            for (r, bytes) in t.bytes.chunks_exact(run).enumerate() {
+                decode_run(t.format, bytes, &mut row);
+                if let Some(i) = row.iter().position(|v| !v.is_finite()) {
+                    let (file, tensor) = (self.file.clone(), name.clone());
+                    return Err(Error::NotFinite { file, tensor, index: r * cols + i, value: row[i] });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A linear layer without a bias.
+pub fn plain(weight: Weight) -> Linear {
+    Linear { weight, bias: None }
+}

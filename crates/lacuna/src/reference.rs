@@ -1,0 +1,339 @@
+//! The whole forward pass in plain scalar code: the oracle that the engine and every kernel are compared with.
+//!
+//! Read it from the top. No cache, no threads, no vector instructions; weights are decoded row by row. Activations of `n`
+//! tokens are one flat slice, one row per token.
+
+use crate::error::{Error, Result};
+use crate::model::spec::{Act, BlockSpec, MlpSpec, NormKind, Position, Rope, RopePairs, Spec};
+use crate::model::weights::{Block, Gated, Linear, Mlp, Model, Norm};
+use lacuna_core::observer::Observer;
+use lacuna_core::site::{Point, Proj};
+use lacuna_core::weight::{Orientation, Weight};
+use lacuna_kernels::convert::decode_run;
+
+/// Logits of every position of `tokens`: one row of `spec.vocab` numbers per token.
+///
+/// # Errors
+/// [`Error::Argument`] if a token is outside the vocabulary, [`Error::Context`] if the text is longer than the context.
+pub fn logits(model: &Model, tokens: &[u32]) -> Result<Vec<f32>> {
+    observed_logits(model, tokens, &mut Nobody)
+}
+
+/// [`logits`], showing the points of the pass to `observer`. Inside experts only the input of gate and up is shown.
+///
+/// # Errors
+/// As for [`logits`].
+pub fn observed_logits(model: &Model, tokens: &[u32], observer: &mut dyn Observer) -> Result<Vec<f32>> {
+    let spec = &model.spec;
+    check(spec, tokens)?;
+    let mut x = embed(model, tokens);
+    for (layer, (block, weights)) in spec.blocks.iter().zip(&model.blocks).enumerate() {
+        let mut pass = Pass { spec, block, layer, observer: &mut *observer };
+        pass.block(weights, &mut x);
+    }
+    let h = norm(spec, &model.final_norm, &x);
+    show(observer, Point::Head, spec.width, &h);
+    let mut logits = linear(&model.head, &h);
+    cap(&mut logits, spec.logit_cap);
+    Ok(logits)
+}
+
+struct Nobody;
+
+impl Observer for Nobody {
+    fn wants(&self, _: Point) -> bool {
+        false
+    }
+
+    fn observe(&mut self, _: Point, _: usize, _: &[f32]) {}
+}
+
+fn show(observer: &mut dyn Observer, point: Point, width: usize, values: &[f32]) {
+    if observer.wants(point) {
+        observer.observe(point, width, values);
+    }
+}
+
+fn check(spec: &Spec, tokens: &[u32]) -> Result<()> {
+    if tokens.len() > spec.context {
+        return Err(Error::Context { tokens: tokens.len(), context: spec.context });
+    }
+    match tokens.iter().find(|t| **t as usize >= spec.vocab) {
+        Some(t) => Err(Error::Argument {
+            name: "tokens",
+            problem: format!("token {t} is outside the vocabulary of {}; is this the model's tokenizer?", spec.vocab),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn embed(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let spec = &model.spec;
+    let mut x = vec![0.0; tokens.len() * spec.width];
+    for (position, (row, token)) in x.chunks_exact_mut(spec.width).zip(tokens).enumerate() {
+        decode_row(&model.embed, *token as usize, row);
+        row.iter_mut().for_each(|v| *v *= spec.embed_scale);
+        if let (Position::Learned { offset }, Some(table)) = (&spec.position, &model.positions) {
+            let mut p = vec![0.0; spec.width];
+            decode_row(table, position + offset, &mut p);
+            add(row, &p);
+        }
+    }
+    x
+}
+
+/// One block's pass over all tokens.
+struct Pass<'a> {
+    spec: &'a Spec,
+    block: &'a BlockSpec,
+    layer: usize,
+    observer: &'a mut dyn Observer,
+}
+
+impl Pass<'_> {
+    fn block(&mut self, w: &Block, x: &mut [f32]) {
+        let h = norm(self.spec, &w.attn_norm, x);
+        let mut a = self.attention(w, &h);
+        if let Some(post) = &w.attn_post_norm {
+            a = norm(self.spec, post, &a);
+        }
+        if !self.block.parallel {
+            add(x, &a);
+        }
+        let h = norm(self.spec, &w.mlp_norm, x);
+        let mut m = self.mlp(&w.mlp, &h);
+        if let Some(post) = &w.mlp_post_norm {
+            m = norm(self.spec, post, &m);
+        }
+        if self.block.parallel {
+            add(x, &a);
+        }
+        add(x, &m);
+        show(self.observer, Point::Output { layer: self.layer }, self.spec.width, x);
+    }
+
+    fn show_input(&mut self, projections: &[Proj], width: usize, x: &[f32]) {
+        for &proj in projections {
+            show(self.observer, Point::Input { layer: self.layer, proj }, width, x);
+        }
+    }
+
+    /// `o(softmax(mask(cap(scale * q k^T))) v)`; query head `h` reads key/value head `h / (heads / kv_heads)`.
+    fn attention(&mut self, w: &Block, x: &[f32]) -> Vec<f32> {
+        let b = self.block;
+        self.show_input(&[Proj::Q, Proj::K, Proj::V], self.spec.width, x);
+        let (mut q, mut k, v) = (linear(&w.q, x), linear(&w.k, x), linear(&w.v, x));
+        if let Some(gain) = &w.q_norm {
+            q = norm(self.spec, gain, &q);
+        }
+        if let Some(gain) = &w.k_norm {
+            k = norm(self.spec, gain, &k);
+        }
+        if let Some(rope) = b.rope.and_then(|r| self.spec.ropes.get(r)) {
+            rotate(rope, b.head_dim, b.heads, &mut q);
+            rotate(rope, b.head_dim, b.kv_heads, &mut k);
+        }
+        let (d, q_width, kv_width) = (b.head_dim, b.heads * b.head_dim, b.kv_heads * b.head_dim);
+        let mut out = vec![0.0; q.len()];
+        for t in 0..q.len() / q_width {
+            let first = b.window.map_or(0, |w| (t + 1).saturating_sub(w));
+            for head in 0..b.heads {
+                let at = head / (b.heads / b.kv_heads) * d;
+                let query = &q[t * q_width + head * d..][..d];
+                let mut scores: Vec<f32> =
+                    (first..=t).map(|s| b.scale * dot(query, &k[s * kv_width + at..][..d])).collect();
+                cap(&mut scores, b.score_cap);
+                softmax(&mut scores);
+                let o = &mut out[t * q_width + head * d..][..d];
+                for (s, p) in (first..).zip(&scores) {
+                    axpy(*p, &v[s * kv_width + at..][..d], o);
+                }
+            }
+        }
+        self.show_input(&[Proj::O], q_width, &out);
+        linear(&w.o, &out)
+    }
+
+    fn mlp(&mut self, w: &Mlp, x: &[f32]) -> Vec<f32> {
+        let width = self.spec.width;
+        match w {
+            Mlp::Gated(gated) => {
+                self.show_input(&[Proj::Gate, Proj::Up], width, x);
+                let (gate, h) = self.neurons(gated, x);
+                let inner = gated.gate.weight.outputs();
+                show(self.observer, Point::Neurons { layer: self.layer }, inner, &gate);
+                self.show_input(&[Proj::Down], inner, &h);
+                linear(&gated.down, &h)
+            }
+            Mlp::Plain { up, down } => {
+                self.show_input(&[Proj::Up], width, x);
+                let mut h = linear(up, x);
+                h.iter_mut().for_each(|v| *v = activate(self.block.act, *v));
+                let inner = up.weight.outputs();
+                show(self.observer, Point::Neurons { layer: self.layer }, inner, &h);
+                self.show_input(&[Proj::Down], inner, &h);
+                linear(down, &h)
+            }
+            Mlp::Experts { router, experts } => {
+                self.show_input(&[Proj::Gate, Proj::Up], width, x);
+                let mut out = vec![0.0; x.len()];
+                for (token, y) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+                    for (expert, share) in self.route(linear(router, token)) {
+                        let (_, h) = self.neurons(&experts[expert], token);
+                        axpy(share, &linear(&experts[expert].down, &h), y);
+                    }
+                }
+                out
+            }
+        }
+    }
+
+    /// `(act(gate x), act(gate x) * up x)`.
+    fn neurons(&self, w: &Gated, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let mut gate = linear(&w.gate, x);
+        gate.iter_mut().for_each(|v| *v = activate(self.block.act, *v));
+        let h = gate.iter().zip(linear(&w.up, x)).map(|(g, u)| g * u).collect();
+        (gate, h)
+    }
+
+    /// The experts of one token with their shares: the largest of `softmax(scores)`, ties to the lower number.
+    fn route(&self, mut scores: Vec<f32>) -> Vec<(usize, f32)> {
+        let MlpSpec::Experts { active, normalise, .. } = self.block.mlp else { return Vec::new() };
+        softmax(&mut scores);
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        order.truncate(active);
+        let sum: f32 = if normalise { order.iter().map(|e| scores[*e]).sum() } else { 1.0 };
+        order.into_iter().map(|e| (e, scores[e] / sum)).collect()
+    }
+}
+
+/// Normalises rows as long as the gain: whole channels, or single heads for q/k norms.
+fn norm(spec: &Spec, w: &Norm, x: &[f32]) -> Vec<f32> {
+    let n = w.gain.len();
+    let mut out = x.to_vec();
+    for row in out.chunks_exact_mut(n) {
+        if spec.norm == NormKind::Layer {
+            let mean = row.iter().sum::<f32>() / n as f32;
+            row.iter_mut().for_each(|v| *v -= mean);
+        }
+        let scale = 1.0 / (dot(row, row) / n as f32 + spec.norm_eps).sqrt();
+        for (i, v) in row.iter_mut().enumerate() {
+            *v = *v * scale * w.gain[i] + w.bias.as_ref().map_or(0.0, |b| b[i]);
+        }
+    }
+    out
+}
+
+/// Rotates the first `rope.dims` components of every head; row `t` of `x` stands at position `t`.
+fn rotate(rope: &Rope, head_dim: usize, heads: usize, x: &mut [f32]) {
+    for (position, row) in x.chunks_exact_mut(heads * head_dim).enumerate() {
+        for head in row.chunks_exact_mut(head_dim) {
+            for (i, freq) in rope.freqs.iter().enumerate() {
+                let (a, b) = match rope.pairs {
+                    RopePairs::Half => (i, i + rope.dims / 2),
+                    RopePairs::Adjacent => (2 * i, 2 * i + 1),
+                };
+                let (sin, cos) = (position as f32 * freq).sin_cos();
+                let (sin, cos) = (sin * rope.factor, cos * rope.factor);
+                (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+            }
+        }
+    }
+}
+
+fn activate(act: Act, x: f32) -> f32 {
+    match act {
+        Act::Silu => x / (1.0 + (-x).exp()),
+        Act::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
+        Act::GeluTanh => 0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh()),
+        Act::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Act::Relu => x.max(0.0),
+        Act::Relu2 => x.max(0.0) * x.max(0.0),
+    }
+}
+
+/// The error function: its Taylor series near zero, elsewhere the rational approximation 7.1.26 of Abramowitz and Stegun
+/// would be too coarse, so the continued fraction of `erfc` (same handbook, 7.1.14) in double precision.
+fn erf(x: f32) -> f32 {
+    let z = f64::from(x).abs();
+    let value = if z < 2.5 {
+        let (mut term, mut sum) = (z, z);
+        for n in 1..60 {
+            term *= -z * z / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    } else {
+        let fraction = (1..40).rev().fold(z, |f, n| z + f64::from(n) / 2.0 / f);
+        1.0 - (-z * z).exp() / (fraction * std::f64::consts::PI.sqrt())
+    };
+    (value as f32).copysign(x)
+}
+
+fn softmax(x: &mut [f32]) {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    x.iter_mut().for_each(|v| *v = (*v - max).exp());
+    let sum: f32 = x.iter().sum();
+    x.iter_mut().for_each(|v| *v /= sum);
+}
+
+/// `cap * tanh(x / cap)`, where there is a cap.
+fn cap(x: &mut [f32], cap: Option<f32>) {
+    if let Some(c) = cap {
+        x.iter_mut().for_each(|v| *v = c * (*v / c).tanh());
+    }
+}
+
+/// `y = W x + b` for every row of `x`.
+fn linear(w: &Linear, x: &[f32]) -> Vec<f32> {
+    let (outputs, inputs) = (w.weight.outputs(), w.weight.inputs());
+    let n = x.len() / inputs;
+    let mut y = match &w.bias {
+        Some(b) => b.repeat(n),
+        None => vec![0.0; n * outputs],
+    };
+    let mut run = vec![0.0; w.weight.matrix().cols()];
+    for r in 0..w.weight.matrix().rows() {
+        decode_row(&w.weight, r, &mut run);
+        for t in 0..n {
+            match w.weight.orientation() {
+                Orientation::OutputMajor => y[t * outputs + r] += dot(&run, &x[t * inputs..][..inputs]),
+                Orientation::InputMajor => axpy(x[t * inputs + r], &run, &mut y[t * outputs..][..outputs]),
+            }
+        }
+    }
+    y
+}
+
+fn decode_row(w: &Weight, row: usize, out: &mut [f32]) {
+    let m = w.matrix();
+    decode_run(m.format(), m.row(row), out);
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    axpy(1.0, y, x);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn erf_has_the_tabulated_values() {
+        // Abramowitz and Stegun, table 7.1.
+        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_88), (1.0, 0.842_700_8), (2.0, 0.995_322_3), (3.0, 0.999_977_9)] {
+            assert!((erf(x) - y).abs() < 2e-7, "erf({x}) = {}", erf(x));
+            assert_eq!(erf(-x), -erf(x));
+        }
+        assert!((erf(2.499_99) - erf(2.500_01)).abs() < 1e-6);
+    }
+}
