@@ -176,9 +176,10 @@ impl Binder<'_> {
     fn mlp(&self, i: usize, mlp: &MlpSpec) -> Result<Mlp> {
         let (n, width) = (self.names, self.spec.width);
         match *mlp {
-            MlpSpec::Plain { inner } => {
-                Ok(Mlp::Plain { up: self.linear(n.up, &[i], inner, width)?, down: self.linear(n.down, &[i], width, inner)? })
-            }
+            MlpSpec::Plain { inner } => Ok(Mlp::Plain {
+                up: self.linear(n.up, &[i], inner, width)?,
+                down: self.linear(n.down, &[i], width, inner)?,
+            }),
             MlpSpec::Gated { inner } => {
                 let (gate, up) = match n.gate_up {
                     GateUp::Split(gate, up) => {

@@ -162,7 +162,8 @@ impl Fields {
     pub fn opt_factors(&self, key: &str, n: usize) -> Result<Option<Vec<f64>>> {
         let read = |v: &Value| {
             let list = v.as_array()?;
-            let numbers: Vec<f64> = list.iter().filter_map(Value::as_f64).filter(|f| f.is_finite() && *f > 0.0).collect();
+            let numbers: Vec<f64> =
+                list.iter().filter_map(Value::as_f64).filter(|f| f.is_finite() && *f > 0.0).collect();
             (numbers.len() == list.len() && list.len() == n).then_some(numbers)
         };
         self.typed(key, &format!("a list of {n} numbers above 0"), read)

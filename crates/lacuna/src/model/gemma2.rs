@@ -32,11 +32,8 @@ pub const NAMES: Names = Names {
 };
 
 /// Names in GGUF files, where the one is already added to the gains.
-pub const GGUF: Names = Names {
-    attn_post_norm: "blk.{}.post_attention_norm",
-    mlp_post_norm: "blk.{}.post_ffw_norm",
-    ..names::GGUF
-};
+pub const GGUF: Names =
+    Names { attn_post_norm: "blk.{}.post_attention_norm", mlp_post_norm: "blk.{}.post_ffw_norm", ..names::GGUF };
 
 fn spec(f: &Fields) -> Result<Spec> {
     let shape = Shape::from_config(f)?;

@@ -73,7 +73,8 @@ fn slide(spec: &mut Spec, local: Rope, window: Option<usize>, slides: &[bool]) {
 fn gguf_spec(f: &Fields) -> Result<Spec> {
     let shape = Shape::from_gguf(f)?;
     let global = rope::from_gguf(f, shape.head_dim, RopePairs::Half)?;
-    let local = rope::unscaled(f.opt_positive("rope.freq_base_swa")?.unwrap_or(LOCAL_BASE), global.dims, RopePairs::Half);
+    let local =
+        rope::unscaled(f.opt_positive("rope.freq_base_swa")?.unwrap_or(LOCAL_BASE), global.dims, RopePairs::Half);
     let eps = f.epsilon("attention.layer_norm_rms_epsilon", None)?;
     let mut spec = gemma2::scaled(shape.decoder("gemma3", eps, global, act::from_gguf(f, Act::GeluTanh)?));
     gemma2::set_gguf_scale(f, &shape, BLOCKS_OF_27B, &mut spec)?;

@@ -2,10 +2,10 @@
 
 use super::arch::Architecture;
 use super::fields::Fields;
+use super::llama;
 use super::names::{self, Experts, Names};
 use super::shape::set_windows;
 use super::spec::{MlpSpec, Spec};
-use super::llama;
 use crate::error::Result;
 
 /// See the module. Its GGUF files are of the architecture `llama`.

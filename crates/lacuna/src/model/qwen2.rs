@@ -2,10 +2,10 @@
 
 use super::arch::{Architecture, GgufSide};
 use super::fields::Fields;
+use super::llama;
 use super::names::{self, Names};
 use super::shape::{set_windows, sliding_blocks};
 use super::spec::{RopePairs, Spec};
-use super::llama;
 use crate::error::Result;
 
 /// See the module.

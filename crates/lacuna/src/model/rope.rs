@@ -27,7 +27,9 @@ pub fn unscaled(theta: f64, dims: usize, pairs: RopePairs) -> Rope {
 pub fn rotated(f: &Fields, key: &str, head_dim: usize, share: f64) -> Result<usize> {
     let dims = (head_dim as f64 * share) as usize;
     if !(0.0..=1.0).contains(&share) || dims == 0 || dims % 2 == 1 {
-        return Err(f.wrong(key, format!("{share} of a head of {head_dim} is {dims} rotated components, not an even number")));
+        return Err(
+            f.wrong(key, format!("{share} of a head of {head_dim} is {dims} rotated components, not an even number"))
+        );
     }
     Ok(dims)
 }
@@ -52,7 +54,13 @@ fn empty(f: &Fields) -> Fields {
 ///
 /// # Errors
 /// As [`from_config`].
-pub fn from_parameters(f: &Fields, own: &Fields, head_dim: usize, theta: Option<f64>, share: Option<f64>) -> Result<Rope> {
+pub fn from_parameters(
+    f: &Fields,
+    own: &Fields,
+    head_dim: usize,
+    theta: Option<f64>,
+    share: Option<f64>,
+) -> Result<Rope> {
     let theta = own.opt_positive("rope_theta")?.or(theta).unwrap_or(10_000.0);
     let share = own.opt_number("partial_rotary_factor")?.or(share).unwrap_or(1.0);
     let dims = rotated(f, "partial_rotary_factor", head_dim, share)?;
@@ -68,7 +76,9 @@ pub fn from_parameters(f: &Fields, own: &Fields, head_dim: usize, theta: Option<
         "longrope" | "su" => return longrope(f, own, freqs),
         other => {
             let what = format!("rope scaling `{other}` (supported: default, linear, llama3, longrope)");
-            return Err(f.unsupported(what, "; remove the scaling from the configuration to run within the original context"));
+            return Err(
+                f.unsupported(what, "; remove the scaling from the configuration to run within the original context")
+            );
         }
     };
     Ok(table(RopePairs::Half, freqs, factor))
@@ -156,7 +166,8 @@ pub fn from_gguf(f: &Fields, head_dim: usize, pairs: RopePairs) -> Result<Rope> 
             freqs.iter_mut().for_each(|w| *w /= factor);
         }
         other => {
-            let what = format!("rope scaling `{other}` (supported: none, linear, longrope, and llama3 as rope_freqs.weight)");
+            let what =
+                format!("rope scaling `{other}` (supported: none, linear, longrope, and llama3 as rope_freqs.weight)");
             return Err(f.unsupported(what, ""));
         }
     }

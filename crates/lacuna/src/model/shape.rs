@@ -114,7 +114,9 @@ fn head_dim(f: &Fields, key: &str, width: usize, heads: usize, heads_key: &str) 
     match f.opt_count(key)? {
         Some(d) => Ok(d),
         None if width.is_multiple_of(heads) => Ok(width / heads),
-        None => Err(f.wrong(heads_key, format!("{heads} heads do not divide the width {width}, and `{key}` is not set"))),
+        None => {
+            Err(f.wrong(heads_key, format!("{heads} heads do not divide the width {width}, and `{key}` is not set")))
+        }
     }
 }
 
