@@ -5,9 +5,20 @@
 //! computes many queries with blocked online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022)
 //! and is bound by arithmetic. In both, results are the same bits for any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod backend;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod buffer;
+mod decode;
+mod lanes_f32;
 mod page;
+mod prefill;
 mod scalar;
+mod shared;
+#[cfg(test)]
+mod tests;
 
 pub use buffer::PageBuf;
 pub use page::{KvShape, KvType, PAGE_ALIGN, PAGE_LEN, page_bytes, read, write};
@@ -79,7 +90,16 @@ impl Cache<'_> {
 
 /// Working memory of the kernels, reused between calls; its content means nothing outside a call.
 #[derive(Default)]
-pub struct Scratch {}
+pub struct Scratch {
+    /// Scaled queries of decode.
+    queries: Vec<f32>,
+    /// Results of the spans of decode.
+    partials: Vec<f32>,
+    /// Scores of decode, one part for each worker.
+    scores: Vec<f32>,
+    /// Memory of prefill, one part for each worker.
+    arena: PageBuf,
+}
 
 /// Attention of one query at position `len - 1` over a cache of `len` positions, which includes its own key and value.
 ///
@@ -112,8 +132,10 @@ fn decode_with(
 ) {
     assert!(len > 0, "attention over nothing");
     cache.check(spec, len - 1, 1, q.len(), out.len());
-    let _ = (isa, pool, scratch);
-    scalar::row(spec, cache, len - 1, q, out);
+    match isa {
+        Isa::Scalar => scalar::row(spec, cache, len - 1, q, out),
+        _ => decode::run(isa, pool, spec, cache, len, q, out, scratch),
+    }
 }
 
 /// Causal attention of `n` queries at positions `start..start + n`, whose keys and values are already in the cache.
@@ -148,8 +170,17 @@ fn prefill_with(
 ) {
     let width = spec.heads * spec.head_dim;
     cache.check(spec, start, q.len() / width, q.len(), out.len());
-    let _ = (isa, pool, scratch);
-    for (i, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
-        scalar::row(spec, cache, start + i, q, out);
+    match isa {
+        Isa::Scalar => {
+            for (i, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
+                scalar::row(spec, cache, start + i, q, out);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx if prefill::may_round(cache.ty) => {
+            let backend = bf16::DotBf16 { amx: isa == Isa::Amx && amx::fits(&cache.layout(spec)) };
+            prefill::run(&backend, pool, spec, cache, start, q, out, scratch);
+        }
+        _ => prefill::run(&lanes_f32::LanesF32(isa), pool, spec, cache, start, q, out, scratch),
     }
 }

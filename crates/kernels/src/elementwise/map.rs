@@ -1,6 +1,6 @@
 //! Loops over slices, one lane-vector at a time.
 
-use crate::lanes::{Kernel, Lanes};
+use crate::lanes::{Kernel, Lanes, Twin};
 
 /// A function of one number, in its lane form and its plain form.
 pub(super) trait Op: Copy {
@@ -16,12 +16,14 @@ pub(super) trait Op: Copy {
 /// `x = f(x)`.
 pub(super) struct Map<'a, F>(pub F, pub &'a mut [f32]);
 
-impl<F: Op> Kernel for Map<'_, F> {
-    type Out = ();
-
+impl<F: Op> Twin for Map<'_, F> {
     fn scalar(self) {
         self.1.iter_mut().for_each(|x| *x = self.0.plain(*x));
     }
+}
+
+impl<F: Op> Kernel for Map<'_, F> {
+    type Out = ();
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
@@ -39,14 +41,16 @@ impl<F: Op> Kernel for Map<'_, F> {
 /// `out = f(x) * y`.
 pub(super) struct MapMul<'a, F>(pub F, pub &'a [f32], pub &'a [f32], pub &'a mut [f32]);
 
-impl<F: Op> Kernel for MapMul<'_, F> {
-    type Out = ();
-
+impl<F: Op> Twin for MapMul<'_, F> {
     fn scalar(self) {
         for ((x, y), o) in self.1.iter().zip(self.2).zip(self.3) {
             *o = self.0.plain(*x) * y;
         }
     }
+}
+
+impl<F: Op> Kernel for MapMul<'_, F> {
+    type Out = ();
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {

@@ -136,7 +136,7 @@ pub(crate) fn erfc_f64(x: f64) -> f64 {
 mod tests {
     use super::*;
     use crate::isa;
-    use crate::lanes::{Kernel, dispatch};
+    use crate::lanes::{Kernel, Twin, dispatch};
 
     #[derive(Clone, Copy)]
     enum F {
@@ -150,14 +150,16 @@ mod tests {
 
     struct Eval<'a>(F, &'a mut [f32]);
 
-    impl Kernel for Eval<'_> {
-        type Out = ();
-
+    impl Twin for Eval<'_> {
         fn scalar(self) {
             for x in self.1 {
                 *x = reference(self.0, *x) as f32;
             }
         }
+    }
+
+    impl Kernel for Eval<'_> {
+        type Out = ();
 
         #[inline(always)]
         unsafe fn run<V: Lanes>(self) {

@@ -2,7 +2,7 @@
 
 use super::rows;
 use crate::isa::{self, Isa};
-use crate::lanes::{Kernel, Lanes, dispatch};
+use crate::lanes::{Kernel, Lanes, Twin, dispatch};
 use crate::pool::Pool;
 
 /// Arguments of one row; `mean` selects LayerNorm.
@@ -15,9 +15,7 @@ struct Norm<'a> {
     out: &'a mut [f32],
 }
 
-impl Kernel for Norm<'_> {
-    type Out = ();
-
+impl Twin for Norm<'_> {
     fn scalar(self) {
         let n = self.x.len() as f64;
         let mean = if self.mean { self.x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
@@ -28,6 +26,10 @@ impl Kernel for Norm<'_> {
             *o = (y + self.bias.map_or(0.0, |bias| f64::from(bias[i]))) as f32;
         }
     }
+}
+
+impl Kernel for Norm<'_> {
+    type Out = ();
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {

@@ -2,7 +2,7 @@
 
 use super::math;
 use crate::isa::{self, Isa};
-use crate::lanes::{Kernel, Lanes, dispatch};
+use crate::lanes::{Kernel, Lanes, Twin, dispatch};
 
 /// The largest number, or NaN if there is one; minus infinity for none.
 fn max(x: &[f32]) -> f32 {
@@ -13,9 +13,7 @@ fn max(x: &[f32]) -> f32 {
 /// `x = exp(x - shift)` if `STORE`; the sum of these.
 struct Exp<'a, const STORE: bool>(&'a mut [f32], f32);
 
-impl<const STORE: bool> Kernel for Exp<'_, STORE> {
-    type Out = f32;
-
+impl<const STORE: bool> Twin for Exp<'_, STORE> {
     fn scalar(self) -> f32 {
         let mut sum = 0.0;
         for x in self.0 {
@@ -27,6 +25,10 @@ impl<const STORE: bool> Kernel for Exp<'_, STORE> {
         }
         sum as f32
     }
+}
+
+impl<const STORE: bool> Kernel for Exp<'_, STORE> {
+    type Out = f32;
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) -> f32 {

@@ -1,6 +1,6 @@
 //! Short vectors of f32, so that one generic body serves every instruction set.
 //!
-//! A kernel is a struct of its arguments with a generic [`Kernel::run`]; [`dispatch`] calls it inside a function that
+//! A kernel is a struct of its arguments with a generic [`Kernel::run`]; [`on_lanes`] calls it inside a function that
 //! has the instruction set switched on, and everything marked `inline(always)` is compiled for that set. Sums have a
 //! fixed order per instruction set, so results depend on the set and on nothing else.
 
@@ -34,6 +34,9 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn load_f16(p: *const u16) -> Self;
     /// `N` pairs of bf16 numbers, as the first and the second of each pair.
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self);
+    /// A hint that the cache line at `p`, which need not be mapped, is read soon.
+    #[inline(always)]
+    fn prefetch(_p: *const u8) {}
     unsafe fn store(self, p: *mut f32);
     unsafe fn store_part(self, p: *mut f32, n: usize);
     unsafe fn add(self, b: Self) -> Self;
@@ -60,12 +63,10 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn max_lane(self) -> f32;
 }
 
-/// A body that [`dispatch`] compiles for several instruction sets.
+/// A body that is compiled for several instruction sets.
 pub(crate) trait Kernel {
     /// What it returns.
     type Out;
-    /// The plain version.
-    fn scalar(self) -> Self::Out;
     /// The body; must be `inline(always)`, like everything it calls.
     ///
     /// # Safety
@@ -73,12 +74,24 @@ pub(crate) trait Kernel {
     unsafe fn run<V: Lanes>(self) -> Self::Out;
 }
 
+/// A [`Kernel`] with a plain version beside its body.
+pub(crate) trait Twin: Kernel {
+    /// The plain version.
+    fn scalar(self) -> Self::Out;
+}
+
 /// Runs `kernel` with the lanes of `isa`, or its scalar form.
+#[inline]
+pub(crate) fn dispatch<K: Twin>(isa: Isa, kernel: K) -> K::Out {
+    if isa == Isa::Scalar { kernel.scalar() } else { on_lanes(isa, kernel) }
+}
+
+/// Runs `kernel` with the lanes of `isa`.
 ///
 /// # Panics
-/// If this machine lacks `isa`.
+/// If `isa` has no lanes on this kind of machine, as [`Isa::Scalar`].
 #[inline]
-pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
+pub(crate) fn on_lanes<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
     debug_assert!(isa.is_available());
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -90,7 +103,7 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Out {
         #[cfg(target_arch = "aarch64")]
         // SAFETY: NEON is part of AArch64.
         Isa::Neon => unsafe { kernel.run::<Neon>() },
-        _ => kernel.scalar(),
+        _ => panic!("{isa} has no lanes here"),
     }
 }
 

@@ -54,6 +54,11 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch (part of the x86-64 baseline) never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: see above.
         unsafe { _mm256_storeu_ps(p, self.0) }
@@ -193,6 +198,11 @@ impl Lanes for Avx512 {
             let high = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000u32 as i32));
             (Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))), Self(_mm512_castsi512_ps(high)))
         }
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch (part of the x86-64 baseline) never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
