@@ -1,0 +1,238 @@
+//! From methods with parameters to a stored plan: one dense pass over a text with an observer, then each method plans.
+//!
+//! The pass itself is a closure, so that the engine, the reference and tests can all be calibrated.
+
+pub mod store;
+
+use crate::{
+    engine::sampler::Rng,
+    error::Result,
+    model::spec::{Act, BlockSpec, MlpSpec, Spec},
+};
+use lacuna_core::{
+    method::{LayerShape, MethodError, MlpShape, PlanContext},
+    observer::Observer,
+    plan::{PLAN_VERSION, Plan, compose},
+    site::Point,
+    statistics::Statistics,
+};
+use lacuna_methods::registry::Resolved;
+use std::collections::BTreeSet;
+
+/// Longest calibration window, in tokens.
+pub const MAX_WINDOW: usize = 2048;
+
+/// The layers of a model as methods see them.
+pub fn layer_shapes(spec: &Spec) -> Vec<LayerShape> {
+    let layer = |b: &BlockSpec| {
+        let (inner, gated) = match b.mlp {
+            MlpSpec::Gated { inner } => (inner, true),
+            MlpSpec::Plain { inner } => (inner, false),
+            MlpSpec::Experts { .. } => (0, false),
+        };
+        let mlp = MlpShape {
+            inner,
+            gated,
+            activation: activation_name(b.act).into(),
+            exact_zeros: matches!(b.act, Act::Relu | Act::Relu2),
+        };
+        LayerShape {
+            width: spec.width,
+            query: b.heads * b.head_dim,
+            kv: b.kv_heads * b.head_dim,
+            mlp: (inner > 0).then_some(mlp),
+        }
+    };
+    spec.blocks.iter().map(layer).collect()
+}
+
+fn activation_name(act: Act) -> &'static str {
+    match act {
+        Act::Silu => "silu",
+        Act::Gelu => "gelu",
+        Act::GeluTanh => "gelu_tanh",
+        Act::QuickGelu => "quick_gelu",
+        Act::Relu => "relu",
+        Act::Relu2 => "relu2",
+    }
+}
+
+/// What the methods of a recipe must see together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Needed {
+    /// Points to observe.
+    pub points: Vec<Point>,
+    /// Tokens of text; 0 where no method needs any (statistics then only report kept shares).
+    pub tokens: usize,
+}
+
+/// The union of what `steps` need.
+pub fn needed(steps: &[Resolved], layers: &[LayerShape]) -> Needed {
+    let needs: Vec<_> = steps.iter().map(|s| s.method.needs(&s.params, layers)).collect();
+    let points: BTreeSet<Point> = needs.iter().flat_map(|n| n.points.iter().copied()).collect();
+    Needed { points: points.into_iter().collect(), tokens: needs.iter().map(|n| n.tokens).max().unwrap_or(0) }
+}
+
+/// Cuts `tokens` (as the tokenizer gave them) into windows of `min(context, 2048)` tokens, of about `wanted` tokens in
+/// all. Where the text is longer, `seed` decides which windows are taken; they stay in the order of the text. With
+/// `bos`, that token stands first in each window.
+pub fn windows(tokens: &[u32], context: usize, wanted: usize, seed: u64, bos: Option<u32>) -> Vec<Vec<u32>> {
+    let length = context.clamp(1, MAX_WINDOW);
+    let all: Vec<&[u32]> = tokens.chunks(length).filter(|c| c.len() > 1 || tokens.len() == 1).collect();
+    let mut order: Vec<usize> = (0..all.len()).collect();
+    let count = wanted.div_ceil(length).min(all.len());
+    let mut rng = Rng::new(seed);
+    for i in 0..count {
+        let j = i + (rng.next_u64() % (order.len() - i) as u64) as usize;
+        order.swap(i, j);
+    }
+    order.truncate(count);
+    order.sort_unstable();
+    let mut left = wanted;
+    let cut = |i: usize| {
+        let mut window = all[i][..all[i].len().min(left)].to_vec();
+        left -= window.len();
+        if let (Some(bos), Some(first)) = (bos, window.first_mut()) {
+            *first = bos;
+        }
+        window
+    };
+    order.into_iter().map(cut).filter(|w| !w.is_empty()).collect()
+}
+
+/// Runs the dense model over `windows` and reads `points`. `forward(tokens, observer)` runs one sequence from an empty
+/// context. `progress(done, all)` counts tokens.
+///
+/// # Errors
+/// What `forward` returns; [`MethodError::NonFinite`] names the first point that held NaN or infinity.
+pub fn observe(
+    forward: &mut dyn FnMut(&[u32], &mut dyn Observer) -> Result<()>,
+    windows: &[Vec<u32>],
+    points: &[Point],
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Statistics> {
+    let mut statistics = Statistics::new(points.iter().copied());
+    let total = windows.iter().map(Vec::len).sum();
+    let mut done = 0;
+    for window in windows {
+        forward(window, &mut statistics)?;
+        statistics.check()?;
+        done += window.len();
+        progress(done, total);
+    }
+    Ok(statistics)
+}
+
+/// The plan of `steps`, and notes for the user on entries that an earlier step had decided already.
+///
+/// # Errors
+/// What a method says of this model or of missing statistics.
+pub fn plan(
+    steps: &[Resolved],
+    layers: &[LayerShape],
+    model: &str,
+    statistics: &Statistics,
+) -> Result<(Plan, Vec<String>), MethodError> {
+    let ctx = PlanContext { layers, statistics };
+    let lists = steps.iter().map(|s| s.method.plan(&s.params, ctx)).collect::<Result<Vec<_>, _>>()?;
+    let (entries, left_out) = compose(lists);
+    let plan = Plan {
+        version: PLAN_VERSION,
+        model: model.into(),
+        method: label(steps),
+        calibration_tokens: statistics.tokens() as usize,
+        entries,
+    };
+    let note = (!left_out.is_empty())
+        .then(|| format!("{} entries of later methods are left out: an earlier one decides there", left_out.len()));
+    Ok((plan, note.into_iter().collect()))
+}
+
+/// The methods and their parameters in the short form, `relu,teal=0.4`.
+pub fn label(steps: &[Resolved]) -> String {
+    steps.iter().map(Resolved::label).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_core::{plan::Rule, site::Proj};
+    use lacuna_methods::registry;
+
+    fn layers(act: Act) -> Vec<LayerShape> {
+        let block = BlockSpec {
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            scale: 0.5,
+            window: None,
+            score_cap: None,
+            rope: None,
+            parallel: false,
+            mlp: MlpSpec::Gated { inner: 12 },
+            act,
+        };
+        let spec = Spec {
+            arch: "test".into(),
+            vocab: 4,
+            width: 6,
+            context: 8,
+            embed_scale: 1.0,
+            position: crate::model::spec::Position::Learned { offset: 0 },
+            ropes: vec![],
+            norm: crate::model::spec::NormKind::Rms,
+            norm_eps: 1e-5,
+            logit_cap: None,
+            blocks: vec![block.clone(), block],
+        };
+        layer_shapes(&spec)
+    }
+
+    #[test]
+    fn windows_are_seeded_and_end_at_the_wanted_count() {
+        let tokens: Vec<u32> = (0..100).collect();
+        let w = windows(&tokens, 8, 20, 1, Some(999));
+        assert_eq!(w.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8, 4]);
+        assert!(w.iter().all(|w| w[0] == 999) && w[0][1] < w[1][1]);
+        assert_eq!(w, windows(&tokens, 8, 20, 1, Some(999)));
+        assert_ne!(w, windows(&tokens, 8, 20, 2, Some(999)));
+        assert_eq!(windows(&tokens, 4096, 10_000, 0, None), [tokens]);
+        assert!(windows(&[], 8, 10, 0, None).is_empty());
+    }
+
+    #[test]
+    fn relu_and_teal_share_a_layer() {
+        let layers = layers(Act::Relu);
+        let steps = registry::parse("relu,teal=0.5").unwrap();
+        let needed = needed(&steps, &layers);
+        assert_eq!(needed.points.len(), 2 * 5, "four inputs and the neurons");
+        let mut forward = |tokens: &[u32], o: &mut dyn Observer| {
+            for p in &needed.points {
+                if o.wants(*p) {
+                    o.observe(*p, 2, &[0.0, 1.0].repeat(tokens.len()));
+                }
+            }
+            Ok(())
+        };
+        let windows = vec![vec![1, 2, 3], vec![4]];
+        let mut seen = vec![];
+        let s = observe(&mut forward, &windows, &needed.points, |d, a| seen.push((d, a))).unwrap();
+        assert_eq!((s.tokens(), seen), (4, vec![(3, 4), (4, 4)]));
+        let (plan, notes) = plan(&steps, &layers, "hash", &s).unwrap();
+        plan.check(2).unwrap();
+        assert_eq!((plan.method.as_str(), plan.entries.len(), notes.len()), ("relu,teal=0.5", 2 * 6, 1));
+        assert!(plan.entries.iter().all(|e| e.kept == Some(0.5)));
+        assert!(!plan.entries.iter().any(|e| matches!(e.rule, Rule::Inputs { proj: Proj::Up | Proj::Down, .. })));
+    }
+
+    #[test]
+    fn a_nan_stops_the_pass_with_its_point() {
+        let point = Point::Input { layer: 1, proj: Proj::O };
+        let mut forward = |_: &[u32], o: &mut dyn Observer| {
+            o.observe(point, 2, &[1.0, f32::NAN]);
+            Ok(())
+        };
+        let e = observe(&mut forward, &[vec![1], vec![2]], &[point], |_, _| {}).unwrap_err().to_string();
+        assert!(e.contains("layers.1.attn.o.input"), "{e}");
+    }
+}

@@ -1,0 +1,110 @@
+//! Where logits come from: a session of the engine, or the reference in tests.
+
+use super::windows::Window;
+use crate::error::{Error, Result};
+
+/// Positions scored between two exchanges; bounds the logits held in memory.
+pub(super) const BLOCK: usize = 64;
+
+/// A model that is fed one sequence at a time.
+pub trait LogitSource {
+    /// Numbers in one row of logits.
+    fn vocab(&self) -> usize;
+
+    /// Longest sequence.
+    fn context(&self) -> usize;
+
+    /// Forgets the sequence.
+    fn reset(&mut self) -> Result<()>;
+
+    /// Appends `tokens` whose logits nobody reads.
+    fn skip(&mut self, tokens: &[u32]) -> Result<()>;
+
+    /// Appends `tokens` and fills `logits` with one row for each.
+    fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<()>;
+}
+
+/// A scored row: the logits before a token, and that token.
+pub(super) struct Scored<'a> {
+    pub logits: &'a [f32],
+    pub next: u32,
+}
+
+/// Runs `window` through all `sources` in lockstep; `sink` gets, per scored position, one row of each source.
+pub(super) fn run<const N: usize>(
+    mut sources: [&mut dyn LogitSource; N],
+    window: &Window,
+    sink: &mut dyn FnMut([Scored<'_>; N]) -> Result<()>,
+) -> Result<()> {
+    for s in &mut sources {
+        check(*s, window)?;
+        s.reset()?;
+        if window.first > 0 {
+            s.skip(&window.tokens[..window.first])?;
+        }
+    }
+    let mut rows: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
+    let end = window.tokens.len().saturating_sub(1);
+    for start in (window.first..end).step_by(BLOCK) {
+        let stop = (start + BLOCK).min(end);
+        for (s, r) in sources.iter_mut().zip(&mut rows) {
+            s.feed(&window.tokens[start..stop], r)?;
+        }
+        for i in start..stop {
+            let row = |n: usize| {
+                let vocab = sources[n].vocab();
+                Scored { logits: &rows[n][(i - start) * vocab..][..vocab], next: window.tokens[i + 1] }
+            };
+            sink(std::array::from_fn(row))?;
+        }
+    }
+    Ok(())
+}
+
+fn check(source: &dyn LogitSource, window: &Window) -> Result<()> {
+    if window.tokens.len() > source.context() {
+        return Err(Error::Context { tokens: window.tokens.len(), context: source.context() });
+    }
+    match window.tokens.iter().find(|t| **t as usize >= source.vocab()) {
+        None => Ok(()),
+        Some(t) => {
+            let problem = format!("token {t} is outside the vocabulary of {}; is this the model's tokenizer?", source.vocab());
+            Err(Error::Argument { name: "text", problem })
+        }
+    }
+}
+
+/// Log-softmax of one row, as llama.cpp computes it: the sum in double precision.
+pub(super) struct LogSoftmax {
+    max: f32,
+    log_sum: f64,
+}
+
+impl LogSoftmax {
+    /// # Errors
+    /// A logit that is not finite.
+    pub fn new(logits: &[f32]) -> Result<Self> {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|l| f64::from((l - max).exp())).sum();
+        if !(max.is_finite() && sum.is_finite()) {
+            let problem = "the model gave logits that are not finite; the weights are damaged or a number overflowed".into();
+            return Err(Error::Argument { name: "model", problem });
+        }
+        Ok(Self { max, log_sum: sum.ln() })
+    }
+
+    /// Natural logarithm of the probability behind `logit`.
+    pub fn of(&self, logit: f32) -> f64 {
+        f64::from(logit - self.max) - self.log_sum
+    }
+}
+
+/// Mean and its standard error, from a sum and a sum of squares.
+pub(super) fn mean_and_error(sum: f64, squares: f64, count: usize) -> (f64, f64) {
+    if count < 2 {
+        return (if count == 1 { sum } else { f64::NAN }, f64::NAN);
+    }
+    let n = count as f64;
+    let mean = sum / n;
+    (mean, ((squares / n - mean * mean).max(0.0) / (n - 1.0)).sqrt())
+}
