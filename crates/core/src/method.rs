@@ -8,7 +8,7 @@ use crate::{
     suggest::hint,
     weight::Orientation,
 };
-use std::{fmt, io, ops::Bound, path::PathBuf};
+use std::{fmt, ops::Bound, path::PathBuf};
 
 /// What can go wrong between a recipe and a plan. Messages name the place and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -41,8 +41,8 @@ pub enum MethodError {
         path.display()
     )]
     OtherModel { path: PathBuf, plan: String, model: String },
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    File(#[from] crate::Error),
 }
 
 /// Where a method was published.

@@ -1,12 +1,8 @@
 //! What a recipe becomes for one model: for each place, what the engine skips and how it decides.
 
-use crate::{method::MethodError, site::Proj};
+use crate::{atomic::write_atomically, map::read_small, method::MethodError, site::Proj};
 use serde::{Deserialize, Serialize};
-use std::{
-    fs,
-    io::{Read, Write},
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 /// Version of the stored form; a reader refuses others.
 pub const PLAN_VERSION: u32 = 1;
@@ -121,10 +117,7 @@ impl Plan {
     /// Unreadable, over [`PLAN_MAX_BYTES`], not a plan, of another version, made for another model (both hashes are
     /// named), or with entries that no model of `layers` layers can follow.
     pub fn load(path: &Path, model: &str, layers: usize) -> Result<Self, MethodError> {
-        let io = |source| MethodError::Io { path: path.into(), source };
-        let mut text = Vec::new();
-        fs::File::open(path).map_err(io)?.take(PLAN_MAX_BYTES + 1).read_to_end(&mut text).map_err(io)?;
-        Self::parse(&text, path, model, layers)
+        Self::parse(&read_small(path, PLAN_MAX_BYTES)?, path, model, layers)
     }
 
     /// [`Plan::load`] on the bytes of a file; `path` is for messages.
@@ -189,23 +182,8 @@ impl Plan {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|e| MethodError::Plan { path: path.into(), reason: e.to_string() })?;
         text.push(b'\n');
-        write_whole(path, &text).map_err(|source| MethodError::Io { path: path.into(), source })
+        Ok(write_atomically(path, Some(text.len() as u64), |out| out.write_all(&text))?)
     }
-}
-
-/// Writes a temporary file beside `path`, flushes it to the device, and renames it over `path`.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.partial", std::process::id()));
-    let partial: PathBuf = path.with_file_name(name);
-    let written = fs::File::create(&partial)
-        .and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()))
-        .and_then(|()| fs::rename(&partial, path));
-    if written.is_err() {
-        // The first error is the one to report; a partial file that stays is harmless.
-        let _ = fs::remove_file(&partial);
-    }
-    written
 }
 
 mod proj_name {
@@ -246,7 +224,7 @@ mod tests {
         let path = dir.path().join("p.json");
         plan().save(&path).unwrap();
         assert_eq!(Plan::load(&path, "abc", 2).unwrap(), plan());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no partial file stays");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no partial file stays");
     }
 
     #[test]

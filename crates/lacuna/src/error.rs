@@ -138,6 +138,9 @@ pub enum Error {
         /// The first such logit.
         value: f32,
     },
+    /// A recipe, a method, its calibration or a plan.
+    #[error(transparent)]
+    Method(#[from] lacuna_core::method::MethodError),
     /// The caller asked to stop.
     #[error("stopped on request")]
     Cancelled,

@@ -1,7 +1,7 @@
 //! Where plans lie: beside the model, or in the cache where the model's folder cannot be written.
 
 use crate::cache;
-use lacuna_core::{method::MethodError, plan::Plan};
+use lacuna_core::{Error, method::MethodError, plan::Plan};
 use std::path::{Path, PathBuf};
 
 /// Places of the plan `label` for the model at `model` (a folder or a file), the preferred one first:
@@ -57,12 +57,12 @@ pub fn save(plan: &Plan, model: Option<&Path>) -> Result<PathBuf, MethodError> {
 }
 
 fn save_at(plan: &Plan, places: Vec<PathBuf>) -> Result<PathBuf, MethodError> {
-    let none = || std::io::Error::other("no cache folder is known (set LACUNA_CACHE)");
-    let mut result = Err(MethodError::Io { path: "plan".into(), source: none() });
+    let nowhere = "there is no folder to store it in; set LACUNA_CACHE to one".into();
+    let mut result = Err(MethodError::Plan { path: "(new)".into(), reason: nowhere });
     for path in places {
         let folder = path.parent().unwrap_or(Path::new("."));
         result = std::fs::create_dir_all(folder)
-            .map_err(|source| MethodError::Io { path: folder.into(), source })
+            .map_err(|e| MethodError::from(Error::io(folder, "create")(e)))
             .and_then(|()| plan.save(&path))
             .map(|()| path);
         match &result {

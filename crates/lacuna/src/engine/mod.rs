@@ -4,11 +4,14 @@
 //! through what a [`CompiledPlan`] keeps. Both write keys and values into the session's pages and follow
 //! [`crate::model::spec::Spec`] alone: no architecture and no method is named here.
 
+pub mod break_even;
+pub mod compile;
 mod compiled;
 mod experts;
 mod forward;
 pub mod generate;
 mod kv;
+pub mod layouts;
 mod linear;
 mod mlp;
 mod rows;
@@ -16,6 +19,7 @@ pub mod sampler;
 mod session;
 mod shared;
 mod sparse;
+pub mod transpose;
 
 pub use compiled::{CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
 pub use kv::kv_bytes;

@@ -3,8 +3,13 @@
 use super::windows::Window;
 use crate::error::{Error, Result};
 
-/// Positions scored between two exchanges; bounds the logits held in memory.
-pub(super) const BLOCK: usize = 64;
+/// Logits of one source that are held at once, in numbers: 64 MiB.
+const HELD: usize = 1 << 24;
+
+/// Positions scored between two exchanges of the sources.
+fn block(vocab: usize) -> usize {
+    (HELD / vocab.max(1)).clamp(8, 512)
+}
 
 /// A model that is fed one sequence at a time.
 pub trait LogitSource {
@@ -45,8 +50,9 @@ pub(super) fn run<const N: usize>(
     }
     let mut rows: [Vec<f32>; N] = std::array::from_fn(|_| Vec::new());
     let end = window.tokens.len().saturating_sub(1);
-    for start in (window.first..end).step_by(BLOCK) {
-        let stop = (start + BLOCK).min(end);
+    let block = sources.first().map_or(1, |s| block(s.vocab()));
+    for start in (window.first..end).step_by(block) {
+        let stop = (start + block).min(end);
         for (s, r) in sources.iter_mut().zip(&mut rows) {
             s.feed(&window.tokens[start..stop], r)?;
         }

@@ -1,0 +1,153 @@
+//! From which kept share on a dense product is faster than a sparse one: measured once per machine, stored in the cache.
+
+use super::transpose::input_major;
+use lacuna_core::{
+    atomic::write_atomically,
+    bytes::Bytes,
+    error::{Error, Result},
+    map::read_small,
+    weight::{Orientation, Weight},
+};
+use lacuna_kernels::{Format, Pool, axpy, convert::encode_run, gemv, isa, select};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+/// Kept share above which a layer runs dense, where nothing was measured (papers see 0.6 to 0.8 on CPUs).
+pub const DEFAULT_BREAK_EVEN: f32 = 0.7;
+
+/// Break-even shares by format, for one instruction set and number of threads.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BreakEven {
+    shares: BTreeMap<String, f32>,
+}
+
+impl BreakEven {
+    /// What was stored for this machine's instruction set and `threads`; nothing, if there is no such file or it is
+    /// damaged (the log says so): it can be measured again.
+    pub fn load(root: Option<&Path>, threads: usize) -> Self {
+        let Some(path) = root.map(|r| file(r, threads)).filter(|p| p.exists()) else { return Self::default() };
+        let parse = |text: Bytes| serde_json::from_slice::<Self>(&text).map_err(|e| Error::malformed(e.to_string(), "shares"));
+        match read_small(&path, 1 << 16).and_then(parse) {
+            Ok(found) if found.shares.values().all(|s| (0.0..=1.0).contains(s)) => found,
+            Ok(_) => Self::default(),
+            Err(e) => {
+                tracing::warn!("measured break-even shares are not used: {e}");
+                Self::default()
+            }
+        }
+    }
+
+    /// Stores the shares for this machine's instruction set and `threads`.
+    ///
+    /// # Errors
+    /// The folder cannot be made or the file not written.
+    pub fn save(&self, root: &Path, threads: usize) -> Result<()> {
+        fs::create_dir_all(root).map_err(Error::io(root, "create"))?;
+        write_atomically(file(root, threads), None, |out| Ok(serde_json::to_writer_pretty(out, self)?))
+    }
+
+    /// The share for `format`: measured, or [`DEFAULT_BREAK_EVEN`].
+    pub fn share(&self, format: Format) -> f32 {
+        self.shares.get(format.name()).copied().unwrap_or(DEFAULT_BREAK_EVEN)
+    }
+
+    /// Sets the share for `format`, clamped to 0 to 1. 1 never falls back.
+    pub fn set(&mut self, format: Format, share: f32) {
+        self.shares.insert(format.name().into(), share.clamp(0.0, 1.0));
+    }
+}
+
+fn file(root: &Path, threads: usize) -> PathBuf {
+    root.join(format!("break-even-{}-{threads}.json", isa::get().name()))
+}
+
+/// Measures the kept share at which selecting and summing kept columns takes as long as the dense dot form, for a
+/// matrix of `outputs` by `inputs`. Time is taken as `a + b * share`; dense and sparse runs alternate, so that a
+/// machine that slows down slows both. Matrices together exceed the caches.
+///
+/// # Panics
+/// If `inputs` or `outputs` is not a multiple of the format's block.
+pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f32 {
+    const BYTES: usize = 160 << 20;
+    const ROUNDS: usize = 7;
+    let dot = sample(format, outputs, inputs);
+    let axpy = input_major(&dot);
+    let copies = (BYTES / 2).div_ceil(dot.bytes().len().max(1)).clamp(1, 256);
+    let copy = |w: &Weight| {
+        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec())).expect("a copy of a weight")
+    };
+    let (dots, axpys): (Vec<_>, Vec<_>) = (0..copies).map(|_| (copy(&dot), copy(&axpy))).unzip();
+    let x: Vec<f32> = (0..inputs).map(|i| ((i * 7919) % inputs) as f32 + 1.0).collect();
+    let mut y = vec![0.0; outputs];
+    let (mut dense, mut low, mut high) = (vec![], vec![], vec![]);
+    for _ in 0..ROUNDS {
+        dense.push(time(|| dots.iter().for_each(|w| run_dense(pool, w, &x, &mut y))));
+        for (share, times) in [(0.25, &mut low), (0.75, &mut high)] {
+            // The values of x are 1..=inputs in mixed order.
+            let threshold = inputs as f32 * (1.0 - share);
+            times.push(time(|| axpys.iter().for_each(|w| run_sparse(pool, w, &x, threshold, &mut y))));
+        }
+    }
+    let [dense, low, high] = [dense, low, high].map(median);
+    let per_share = (high - low) / 0.5;
+    if per_share <= 0.0 {
+        return DEFAULT_BREAK_EVEN;
+    }
+    ((dense - (low - 0.25 * per_share)) / per_share).clamp(0.0, 1.0) as f32
+}
+
+fn sample(format: Format, outputs: usize, inputs: usize) -> Weight {
+    let values: Vec<f32> = (0..inputs).map(|i| ((i * 31 + 7) % 101) as f32 / 50.0 - 1.0).collect();
+    let mut run = vec![0; format.run_bytes(inputs).expect("inputs are a multiple of the block, as documented")];
+    encode_run(format, &values, &mut run);
+    Weight::new(format, Orientation::OutputMajor, outputs, inputs, run.repeat(outputs).into()).expect("runs of this shape")
+}
+
+fn run_dense(pool: &Pool, w: &Weight, x: &[f32], y: &mut [f32]) {
+    let mut operand = gemv::Operand::new();
+    operand.prepare(x, &[w.format()]);
+    gemv::run(pool, &mut [gemv::Job { w: w.matrix(), x: &operand, y }]);
+}
+
+fn run_sparse(pool: &Pool, w: &Weight, x: &[f32], threshold: f32, y: &mut [f32]) {
+    let (mut index, mut value) = (Vec::new(), Vec::new());
+    select::magnitude(isa::get(), x, threshold, &mut index, &mut value);
+    axpy::run(pool, &mut [axpy::Job { wt: w.matrix(), index: &index, value: &value, y }]);
+}
+
+fn time(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_and_read_back_and_damage_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Some(dir.path());
+        assert_eq!(BreakEven::load(root, 2).share(Format::Bf16), DEFAULT_BREAK_EVEN);
+        let mut b = BreakEven::default();
+        b.set(Format::Bf16, 0.8);
+        b.save(dir.path(), 2).unwrap();
+        assert_eq!(BreakEven::load(root, 2), b);
+        assert_eq!(BreakEven::load(root, 1), BreakEven::default());
+        for damage in ["{", "{\"shares\":{\"BF16\":7}}"] {
+            fs::write(file(dir.path(), 2), damage).unwrap();
+            assert_eq!(BreakEven::load(root, 2), BreakEven::default());
+        }
+    }
+}
