@@ -1,7 +1,10 @@
 //! Where logits come from: a session of the engine, or the reference in tests.
 
 use super::windows::Window;
-use crate::error::{Error, Result};
+use crate::{
+    engine::{Engine, Session},
+    error::{Error, Result},
+};
 
 /// Logits of one source that are held at once, in numbers: 64 MiB.
 const HELD: usize = 1 << 24;
@@ -27,6 +30,59 @@ pub trait LogitSource {
 
     /// Appends `tokens` and fills `logits` with one row for each.
     fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<()>;
+}
+
+/// An engine as a source. Dense engines score in chunks; an engine with a plan decodes token by token, as it would in
+/// use, because prefill is dense and would hide the plan.
+pub struct EngineSource {
+    session: Session,
+    vocab: usize,
+    stepwise: bool,
+}
+
+impl EngineSource {
+    /// A session of at most `context` tokens (0: the model's). `stepwise`: decode every scored token.
+    ///
+    /// # Errors
+    /// A context longer than the model's.
+    pub fn new(engine: &Engine, context: usize, stepwise: bool) -> Result<Self> {
+        Ok(Self { session: engine.session(context)?, vocab: engine.model().spec.vocab, stepwise })
+    }
+
+    /// The session, for its counters.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+}
+
+impl LogitSource for EngineSource {
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.session.context()
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        self.session.truncate(0);
+        Ok(())
+    }
+
+    fn skip(&mut self, tokens: &[u32]) -> Result<()> {
+        self.session.prefill(tokens).map(|_| ())
+    }
+
+    fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<()> {
+        logits.clear();
+        if !self.stepwise {
+            return self.session.score(tokens, &mut |_, row| logits.extend_from_slice(row));
+        }
+        for token in tokens {
+            logits.extend_from_slice(self.session.decode(*token)?);
+        }
+        Ok(())
+    }
 }
 
 /// A scored row: the logits before a token, and that token.
