@@ -23,7 +23,8 @@ mod tests {
     #[test]
     fn the_first_variable_that_is_set_wins() {
         let root = |set: &[(&str, &str)]| {
-            root_from(|n| set.iter().find(|(k, _)| *k == n).map(|(_, v)| OsString::from(*v))).map(|p| p.display().to_string())
+            root_from(|n| set.iter().find(|(k, _)| *k == n).map(|(_, v)| OsString::from(*v)))
+                .map(|p| p.display().to_string())
         };
         let (own, xdg, home) = (("LACUNA_CACHE", "/a"), ("XDG_CACHE_HOME", "/b"), ("HOME", "/c"));
         assert_eq!(root(&[own, xdg, home]).unwrap(), "/a");

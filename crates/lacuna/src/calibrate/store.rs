@@ -39,7 +39,12 @@ fn slug(label: &str) -> String {
 ///
 /// # Errors
 /// A plan that is there but damaged, of another version or model.
-pub fn find(model: Option<&Path>, label: &str, hash: &str, layers: usize) -> Result<Option<(Plan, PathBuf)>, MethodError> {
+pub fn find(
+    model: Option<&Path>,
+    label: &str,
+    hash: &str,
+    layers: usize,
+) -> Result<Option<(Plan, PathBuf)>, MethodError> {
     for path in places(model, label, hash) {
         if path.exists() {
             return Plan::load(&path, hash, layers).map(|p| Some((p, path)));
@@ -93,8 +98,13 @@ mod tests {
         assert_eq!(names(dir.path()), ["lacuna/plan-relu+teal-0.5-0123456789ab.json", cached]);
         assert_eq!(names(&file), ["m.gguf.lacuna/plan-relu+teal-0.5-0123456789ab.json", cached]);
 
-        let plan =
-            Plan { version: PLAN_VERSION, model: hash.into(), method: "relu".into(), calibration_tokens: 0, entries: vec![] };
+        let plan = Plan {
+            version: PLAN_VERSION,
+            model: hash.into(),
+            method: "relu".into(),
+            calibration_tokens: 0,
+            entries: vec![],
+        };
         let blocked = file.join("p.json");
         let good = dir.path().join("new/p.json");
         assert_eq!(save_at(&plan, vec![blocked.clone(), good.clone()]).unwrap(), good);

@@ -31,7 +31,8 @@ impl BreakEven {
     /// damaged (the log says so): it can be measured again.
     pub fn load(root: Option<&Path>, threads: usize) -> Self {
         let Some(path) = root.map(|r| file(r, threads)).filter(|p| p.exists()) else { return Self::default() };
-        let parse = |text: Bytes| serde_json::from_slice::<Self>(&text).map_err(|e| Error::malformed(e.to_string(), "shares"));
+        let parse =
+            |text: Bytes| serde_json::from_slice::<Self>(&text).map_err(|e| Error::malformed(e.to_string(), "shares"));
         match read_small(&path, 1 << 16).and_then(parse) {
             Ok(found) if found.shares.values().all(|s| (0.0..=1.0).contains(s)) => found,
             Ok(_) => Self::default(),
@@ -79,7 +80,8 @@ pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f3
     let axpy = input_major(&dot);
     let copies = (BYTES / 2).div_ceil(dot.bytes().len().max(1)).clamp(1, 256);
     let copy = |w: &Weight| {
-        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec())).expect("a copy of a weight")
+        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec()))
+            .expect("a copy of a weight")
     };
     let (dots, axpys): (Vec<_>, Vec<_>) = (0..copies).map(|_| (copy(&dot), copy(&axpy))).unzip();
     let x: Vec<f32> = (0..inputs).map(|i| ((i * 7919) % inputs) as f32 + 1.0).collect();
@@ -105,7 +107,8 @@ fn sample(format: Format, outputs: usize, inputs: usize) -> Weight {
     let values: Vec<f32> = (0..inputs).map(|i| ((i * 31 + 7) % 101) as f32 / 50.0 - 1.0).collect();
     let mut run = vec![0; format.run_bytes(inputs).expect("inputs are a multiple of the block, as documented")];
     encode_run(format, &values, &mut run);
-    Weight::new(format, Orientation::OutputMajor, outputs, inputs, run.repeat(outputs).into()).expect("runs of this shape")
+    Weight::new(format, Orientation::OutputMajor, outputs, inputs, run.repeat(outputs).into())
+        .expect("runs of this shape")
 }
 
 fn run_dense(pool: &Pool, w: &Weight, x: &[f32], y: &mut [f32]) {

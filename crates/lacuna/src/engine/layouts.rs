@@ -84,7 +84,12 @@ impl LayoutCache {
     /// the threads of `pool` (one matrix each) and stored. `progress(done, all)` is called from those threads.
     ///
     /// A cache that cannot be written is no error: the copies then live in memory, and the log says so.
-    pub fn input_major(&self, wanted: &[Wanted<'_>], pool: &Pool, progress: &(dyn Fn(usize, usize) + Sync)) -> Vec<Weight> {
+    pub fn input_major(
+        &self,
+        wanted: &[Wanted<'_>],
+        pool: &Pool,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Vec<Weight> {
         let made: Vec<Mutex<Option<Weight>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
         let done = AtomicUsize::new(0);
         pool.run(wanted.len(), &|_, i| {

@@ -24,7 +24,8 @@ pub fn input_major_format(source: Format, outputs: usize) -> (Format, Option<Str
     };
     let from = source.name();
     if !outputs.is_multiple_of(target.block_len()) {
-        let note = format!("{from} with {outputs} outputs (not a multiple of {TILE}) is kept as F16 in input-major form");
+        let note =
+            format!("{from} with {outputs} outputs (not a multiple of {TILE}) is kept as F16 in input-major form");
         return (Format::F16, Some(note));
     }
     (target, Some(format!("{from} is quantised again to {} with groups along the outputs", target.name())))

@@ -207,7 +207,8 @@ mod tests {
         let ratio = (2.0 * (b1 / t1).ln() + 2.0 * (b0 / t0).ln()) / 4.0;
         assert!((d.ln_ppl_ratio().value - ratio).abs() < 1e-6);
         assert_eq!(d.same_top().value, 1.0);
-        let d = divergence(&mut Counting { lead: 3.0 }, &mut Counting { lead: -1.0 }, &windows(), None, |_| {}).unwrap();
+        let d =
+            divergence(&mut Counting { lead: 3.0 }, &mut Counting { lead: -1.0 }, &windows(), None, |_| {}).unwrap();
         assert_eq!(d.same_top().value, 0.0);
     }
 

@@ -130,7 +130,8 @@ fn check(source: &dyn LogitSource, window: &Window) -> Result<()> {
     match window.tokens.iter().find(|t| **t as usize >= source.vocab()) {
         None => Ok(()),
         Some(t) => {
-            let problem = format!("token {t} is outside the vocabulary of {}; is this the model's tokenizer?", source.vocab());
+            let problem =
+                format!("token {t} is outside the vocabulary of {}; is this the model's tokenizer?", source.vocab());
             Err(Error::Argument { name: "text", problem })
         }
     }
@@ -149,7 +150,8 @@ impl LogSoftmax {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|l| f64::from((l - max).exp())).sum();
         if !(max.is_finite() && sum.is_finite()) {
-            let problem = "the model gave logits that are not finite; the weights are damaged or a number overflowed".into();
+            let problem =
+                "the model gave logits that are not finite; the weights are damaged or a number overflowed".into();
             return Err(Error::Argument { name: "model", problem });
         }
         Ok(Self { max, log_sum: sum.ln() })
