@@ -52,7 +52,7 @@ unsafe fn f32_strip<const R: usize, const V: usize>(p: &Product<'_, f32, f32>, b
                 w = w.add(TILE);
                 x = x.add(TILE_K * LANES);
             }
-            store_sums(sums, step, acc);
+            store_sums(sums, step, &acc);
         }
     }
     V
@@ -105,7 +105,7 @@ unsafe fn bf16_strip<const R: usize, const V: usize>(p: &Product<'_, u16, u16>, 
                 w = w.add(TILE);
                 x = x.add(TILE_K * LANES);
             }
-            store_sums(sums, step, acc);
+            store_sums(sums, step, &acc);
         }
     }
     V
@@ -133,9 +133,9 @@ pub(super) unsafe fn load_sums<const R: usize, const V: usize>(
 /// All sums are writable at `sums`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn store_sums<const R: usize, const V: usize>(sums: *mut f32, step: usize, acc: [[__m512; V]; R]) {
-    for (r, acc) in acc.into_iter().enumerate() {
-        for (v, sum) in acc.into_iter().enumerate() {
+pub(super) unsafe fn store_sums<const R: usize, const V: usize>(sums: *mut f32, step: usize, acc: &[[__m512; V]; R]) {
+    for (r, acc) in acc.iter().enumerate() {
+        for (v, &sum) in acc.iter().enumerate() {
             // SAFETY: by contract.
             unsafe { _mm512_storeu_ps(sums.add(v * step + r * LANES), sum) };
         }

@@ -110,7 +110,7 @@ unsafe fn strip<const G: usize, const OFFSETS: bool, const V: usize>(
                     }
                 }
             }
-            store_sums(sums, step, acc);
+            store_sums(sums, step, &acc);
         }
     }
     V
