@@ -14,7 +14,7 @@ use lacuna_kernels::{Format, Isa, Matrix, Pool, convert, isa};
 /// Outputs and inputs of the linear layers of Llama-3.2-1B.
 const SHAPES: [[usize; 2]; 3] = [[8192, 2048], [2048, 8192], [2048, 2048]];
 /// Seconds per figure.
-const BUDGET: f64 = 0.5;
+const BUDGET: f64 = 0.15;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();

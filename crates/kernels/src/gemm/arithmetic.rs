@@ -40,7 +40,8 @@ impl Arithmetic {
     pub(crate) const fn panel_k(self) -> usize {
         match self {
             Self::F32 => 256,
-            Self::Bf16 | Self::Int8 => 512,
+            Self::Bf16 => 512,
+            Self::Int8 => 512,
         }
     }
 

@@ -59,7 +59,7 @@ pub(crate) struct Shared<T> {
     len: usize,
 }
 
-// SAFETY: `part` is the only access, and its contract forbids overlapping parts.
+// SAFETY: `part` forbids overlapping parts by contract, and pointers of `at` are dereferenced by other contracts only.
 unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shared<T> {}
@@ -70,6 +70,15 @@ impl<T> Shared<T> {
         Self { data: data.as_mut_ptr(), len: data.len() }
     }
 
+    /// The first of the numbers `[start, start + len)`, as a pointer because parts of several chunks may interleave.
+    ///
+    /// # Panics
+    /// If they are not inside the slice.
+    pub(crate) fn at(self, start: usize, len: usize) -> *mut T {
+        assert!(start.checked_add(len).is_some_and(|end| end <= self.len), "part outside of the shared slice");
+        self.data.wrapping_add(start)
+    }
+
     /// The part `[start, start + len)`.
     ///
     /// # Safety
@@ -78,8 +87,7 @@ impl<T> Shared<T> {
     /// # Panics
     /// If the part is not inside the slice.
     pub(crate) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [T] {
-        assert!(start.checked_add(len).is_some_and(|end| end <= self.len), "part outside of the shared slice");
-        // SAFETY: inside the slice; exclusive by this function's contract.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+        // SAFETY: inside the slice as `at` checks; exclusive by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.at(start, len), len) }
     }
 }

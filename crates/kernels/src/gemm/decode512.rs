@@ -43,6 +43,20 @@ pub(crate) fn bf16_row(format: Format, bytes: &[u8], k: usize, lines: &mut [u16]
     }
 }
 
+/// Decodes a run of f16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn f16_run(bytes: &[u8], run: &mut [f32]) {
+    assert_eq!(bytes.len(), run.len() * 2);
+    for (bytes, out) in bytes.chunks(32).zip(run.chunks_mut(16)) {
+        let mask = u16::MAX >> (16 - out.len());
+        // SAFETY: the masks leave out what is not of the chunks.
+        unsafe {
+            let h = _mm256_maskz_loadu_epi16(mask, bytes.as_ptr().cast());
+            _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, _mm512_cvtph_ps(h));
+        }
+    }
+}
+
 /// Splits a run of blocks into codes, scales and offsets; the twin of `codes::decode_row_scalar`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
 pub(crate) fn code_row(format: Format, bytes: &[u8], row: &mut CodeRow<'_>) {

@@ -8,7 +8,7 @@ use super::buffer::{Buffer, Shared};
 use super::input::{Input, tiles};
 use super::panel::Panel;
 use super::product::{Product, Scales};
-use super::transpose::transpose16;
+use super::store::{Target, store_tile};
 use super::{Job, LANES, TILE_N};
 use crate::isa::{self, Isa};
 use crate::{Matrix, Pool};
@@ -139,25 +139,16 @@ impl<'a> Plan<'a> {
     /// Transposes the sums of a chunk into `y`.
     fn store(&self, sums: &[f32], outputs: &Range<usize>, blocks: &Range<usize>) {
         let padded = outputs.len().next_multiple_of(TILE_N);
-        let mut square = [0u32; TILE_N * LANES];
         for (block, sums) in blocks.clone().zip(sums.chunks_exact(padded * LANES)) {
             let m0 = block * LANES;
-            for (t, tile) in sums.chunks_exact(TILE_N * LANES).enumerate() {
-                let n0 = outputs.start + t * TILE_N;
-                let len = TILE_N.min(outputs.end - n0);
-                for (d, s) in square.iter_mut().zip(tile) {
-                    *d = s.to_bits();
-                }
-                transpose16(self.isa, &mut square);
-                for (m, line) in (m0..self.x.rows()).zip(square.chunks_exact(TILE_N)) {
-                    // SAFETY: `y` is borrowed by the job for as long as the plan lives, and a chunk alone writes
-                    // these outputs of these rows.
-                    let y = unsafe { self.y.part(m * self.n + n0, len) };
-                    for (y, s) in y.iter_mut().zip(line) {
-                        let s = f32::from_bits(*s);
-                        *y = if self.accumulate { *y + s } else { s };
-                    }
-                }
+            let rows = LANES.min(self.x.rows() - m0);
+            for (n0, tile) in outputs.clone().step_by(TILE_N).zip(sums.as_chunks().0) {
+                let outputs = TILE_N.min(outputs.end - n0);
+                let y = self.y.at(m0 * self.n + n0, (rows - 1) * self.n + outputs);
+                let to = Target { y, stride: self.n, rows, outputs, accumulate: self.accumulate };
+                // SAFETY: `y` is borrowed by the job for as long as the plan lives, and a chunk alone touches these
+                // outputs of these rows; `at` checked that the last of them exists.
+                unsafe { store_tile(self.isa, tile, to) };
             }
         }
     }

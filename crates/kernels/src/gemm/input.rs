@@ -12,7 +12,7 @@ pub(crate) const GROUP: usize = 32;
 /// Inputs with one sum of int8 codes (the finest scale groups of a format, Q6_K's).
 pub(crate) const SUM_GROUP: usize = 16;
 /// Inputs packed at a time: 16 dwords of int8 codes per row.
-const STEP: usize = 64;
+pub(crate) const STEP: usize = 64;
 /// Inputs packed by one chunk of the parallel region.
 const CHUNK_K: usize = 1024;
 
@@ -181,25 +181,31 @@ impl Rows<'_> {
         for k0 in range.step_by(STEP) {
             self.gather(block, k0, &mut rows);
             let at = (block * self.k_pad + k0) * LANES;
-            if has.f32 {
-                // SAFETY: each (block, k0) is packed by one chunk, and its part of the layout is its own.
-                let part = unsafe { out.f32s.part(at, STEP * LANES) };
-                pack_f32(isa, &rows, part);
+            // SAFETY: each (block, k0) is packed by one chunk, and its parts of the layouts are its own.
+            let (f32s, bf16s, int8) = unsafe {
+                (
+                    has.f32.then(|| out.f32s.part(at, STEP * LANES)),
+                    has.bf16.then(|| out.bf16s.part(at, STEP * LANES)),
+                    has.int8.then(|| {
+                        let scales = out.scales.part(at / GROUP, STEP / GROUP * LANES);
+                        let sums = out.sums.part(at / SUM_GROUP, STEP / SUM_GROUP * LANES);
+                        (out.codes.part(at, STEP * LANES), scales, sums)
+                    }),
+                )
+            };
+            #[cfg(target_arch = "x86_64")]
+            if isa.has_avx512() {
+                // SAFETY: these instruction sets include all that the packing uses.
+                unsafe { super::pack512::pack(&rows, f32s, bf16s, int8) };
+                continue;
             }
-            if has.bf16 {
-                // SAFETY: as above.
-                let part = unsafe { out.bf16s.part(at, STEP * LANES) };
-                pack_bf16(isa, &rows, part);
+            if let Some(out) = f32s {
+                pack_f32(isa, &rows, out);
             }
-            if has.int8 {
-                // SAFETY: as above, for the three arrays of the layout.
-                let (codes, scales, sums) = unsafe {
-                    (
-                        out.codes.part(at, STEP * LANES),
-                        out.scales.part(at / GROUP, STEP / GROUP * LANES),
-                        out.sums.part(at / SUM_GROUP, STEP / SUM_GROUP * LANES),
-                    )
-                };
+            if let Some(out) = bf16s {
+                pack_bf16(isa, &rows, out);
+            }
+            if let Some((codes, scales, sums)) = int8 {
                 pack_int8(isa, &rows, codes, scales, sums);
             }
         }
@@ -219,7 +225,7 @@ impl Rows<'_> {
     }
 }
 
-fn pack_f32(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [f32]) {
+pub(crate) fn pack_f32(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [f32]) {
     let mut square = [0u32; LANES * 16];
     for (part, out) in out.chunks_exact_mut(LANES * 16).enumerate() {
         for (row, line) in rows.iter().zip(square.chunks_exact_mut(16)) {
@@ -234,7 +240,7 @@ fn pack_f32(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [f32]) {
     }
 }
 
-fn pack_bf16(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [u16]) {
+pub(crate) fn pack_bf16(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [u16]) {
     let mut square = [0u32; LANES * 16];
     for (part, out) in out.chunks_exact_mut(LANES * 32).enumerate() {
         for (row, line) in rows.iter().zip(square.chunks_exact_mut(16)) {
@@ -249,7 +255,7 @@ fn pack_bf16(isa: Isa, rows: &[[f32; STEP]; LANES], out: &mut [u16]) {
     }
 }
 
-fn pack_int8(isa: Isa, rows: &[[f32; STEP]; LANES], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+pub(crate) fn pack_int8(isa: Isa, rows: &[[f32; STEP]; LANES], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
     let mut square = [0u32; LANES * 16];
     for (lane, (row, line)) in rows.iter().zip(square.chunks_exact_mut(16)).enumerate() {
         let mut quantised = [0i8; STEP];

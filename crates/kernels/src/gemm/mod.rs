@@ -45,9 +45,12 @@ mod driver;
 mod input;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "x86_64")]
+mod pack512;
 mod panel;
 mod product;
 mod scalar;
+mod store;
 mod transpose;
 
 #[cfg(test)]

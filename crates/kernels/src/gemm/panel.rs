@@ -67,6 +67,8 @@ impl Panel {
             (Orientation::OutputMajor, Arithmetic::Bf16) => self.fill_bf16(&part),
             (Orientation::OutputMajor, Arithmetic::Int8) => self.fill_codes(&part),
             (Orientation::InputMajor, Arithmetic::F32) => self.fill_transposed::<f32>(&part, f32_tile),
+            #[cfg(target_arch = "x86_64")]
+            (Orientation::InputMajor, Arithmetic::Bf16) if isa.has_avx512() => self.fill_transposed_bf16(&part),
             (Orientation::InputMajor, Arithmetic::Bf16) => self.fill_transposed::<u16>(&part, bf16_tile),
             (Orientation::InputMajor, Arithmetic::Int8) => {
                 unreachable!("scales across outputs: arithmetic chooses BF16 for input-major weights")
@@ -82,7 +84,7 @@ impl Panel {
         run[k..].fill(0.0);
         for (i, at) in part.rows() {
             match part.row_bytes(i) {
-                Some(bytes) => decode_run(part.w.format(), bytes, &mut run[..k]),
+                Some(bytes) => f32_run(part, bytes, &mut run[..k]),
                 None => run.fill(0.0),
             }
             for (t, line) in run.chunks_exact(TILE_K).enumerate() {
@@ -135,6 +137,35 @@ impl Panel {
         }
     }
 
+    /// [`Panel::fill_transposed`] in BF16 all through: 32 runs become two rows of tiles (16 inputs x 32 outputs), and
+    /// two of those become two tiles of the panel.
+    #[cfg(target_arch = "x86_64")]
+    fn fill_transposed_bf16(&mut self, part: &Part<'_>) {
+        let n = part.outputs.len();
+        let (tiles_n, lines, tiles_k) = (n.div_ceil(TILE_N), tiles(n), tiles(part.inputs.len()));
+        let out = self.numbers.at_least::<u16>(part.tiles() * TILE);
+        let runs = self.run.at_least::<u16>(2 * lines * TILE);
+        for t in 0..tiles_k {
+            for i in 0..TILE_K {
+                let at = i / 16 * lines * TILE + i % 16 * TILE_K;
+                let run = &mut runs[at..at + (lines - 1) * TILE + TILE_K];
+                match part.run_bytes(t * TILE_K + i) {
+                    // SAFETY: this function is for instruction sets that include all that the decoder uses.
+                    Some(bytes) => unsafe { super::decode512::bf16_row(part.w.format(), bytes, n, run) },
+                    None => run.chunks_mut(TILE).for_each(|line| line[..TILE_K].fill(0)),
+                }
+            }
+            let (first, second) = runs.split_at(lines * TILE);
+            for (line, (a, b)) in first.as_chunks().0.iter().zip(second.as_chunks().0).enumerate() {
+                // SAFETY: as above.
+                let pair = unsafe { super::transpose::transpose_bf16(a, b) };
+                for (tile_n, tile) in (2 * line..tiles_n).zip(pair.as_chunks::<TILE>().0) {
+                    out[(tile_n * tiles_k + t) * TILE..][..TILE].copy_from_slice(tile);
+                }
+            }
+        }
+    }
+
     /// Input-major weights: 32 runs of outputs at a time are decoded and transposed tile by tile.
     fn fill_transposed<T: super::buffer::Number>(&mut self, part: &Part<'_>, put: fn(&[f32; TILE], &mut [T])) {
         let n = part.outputs.len();
@@ -146,7 +177,7 @@ impl Panel {
             for (i, run) in runs.chunks_exact_mut(padded).enumerate() {
                 match part.run_bytes(t * TILE_K + i) {
                     Some(bytes) => {
-                        decode_run(part.w.format(), bytes, &mut run[..n]);
+                        f32_run(part, bytes, &mut run[..n]);
                         run[n..].fill(0.0);
                     }
                     None => run.fill(0.0),
@@ -198,6 +229,16 @@ impl<'a> Part<'a> {
 fn cut<'a>(w: &Matrix<'a>, run: usize, range: &Range<usize>) -> &'a [u8] {
     let at = |n: usize| n / w.format().block_len() * w.format().block_bytes();
     &w.row(run)[at(range.start)..at(range.end)]
+}
+
+/// Decodes to f32; only the formats of f32 arithmetic (F32, F16) are worth a fast path.
+fn f32_run(part: &Part<'_>, bytes: &[u8], run: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if part.w.format() == Format::F16 && part.isa.has_avx512() {
+        // SAFETY: these instruction sets include AVX-512F.
+        return unsafe { super::decode512::f16_run(bytes, run) };
+    }
+    decode_run(part.w.format(), bytes, run);
 }
 
 /// Rounds a row to bf16 lines of 32, one tile apart; padding becomes zero.

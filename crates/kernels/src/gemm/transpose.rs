@@ -69,6 +69,33 @@ pub(crate) fn transpose_registers(r: [std::arch::x86_64::__m512i; 16]) -> [std::
     out
 }
 
+/// Two tiles of bf16, each 16 inputs x 32 outputs (the second holds the next 16 inputs), to two tiles of 16 outputs x
+/// 32 inputs.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn transpose_bf16(first: &[u16; 512], second: &[u16; 512]) -> [u16; 1024] {
+    use std::arch::x86_64::*;
+    // Word i of one input and word i of the next one, side by side, for outputs 0..16 and 16..32.
+    let low: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 32) as u16);
+    let high: [u16; 32] = std::array::from_fn(|i| (16 + i / 2 + i % 2 * 32) as u16);
+    let mut out = [0u16; 1024];
+    // SAFETY: all loads and stores are of 32 words inside the arrays.
+    unsafe {
+        let input = |k: usize| {
+            let tile = if k < 16 { first } else { second };
+            _mm512_loadu_si512(tile.as_ptr().add(k % 16 * 32).cast())
+        };
+        for (half, order) in [low, high].into_iter().enumerate() {
+            let order = _mm512_loadu_si512(order.as_ptr().cast());
+            let pairs = std::array::from_fn(|p| _mm512_permutex2var_epi16(input(2 * p), order, input(2 * p + 1)));
+            for (n, line) in transpose_registers(pairs).into_iter().enumerate() {
+                _mm512_storeu_si512(out.as_mut_ptr().add((half * 16 + n) * 32).cast(), line);
+            }
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
