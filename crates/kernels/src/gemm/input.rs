@@ -280,8 +280,8 @@ pub(crate) fn pack_int8(isa: Isa, rows: &[[f32; STEP]; LANES], codes: &mut [i8],
 #[inline(always)]
 fn quantise(group: &[f32], codes: &mut [i8]) -> f32 {
     let amax = group.iter().fold(0f32, |a, v| a.max(v.abs()));
-    // x - x is NaN for NaN and infinities, else zero.
-    let poison: f32 = group.iter().map(|v| v - v).sum();
+    // 0 x is NaN for NaN and infinities, else zero.
+    let poison: f32 = group.iter().map(|v| v * 0.0).sum();
     let scale = amax / 127.0;
     // The reciprocal of a subnormal scale may overflow; such a group is zero to all purposes.
     let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
