@@ -2,5 +2,6 @@
 //! twice the file and 16 MiB, and after it has returned no offset, shape or length needs another check.
 
 pub mod config;
+pub mod fuzz;
 pub mod gguf;
 pub mod safetensors;

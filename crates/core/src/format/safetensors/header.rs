@@ -1,9 +1,9 @@
 //! The JSON header, read as a stream so that no hostile header costs more memory than its own length or so.
 
-use super::Dtype;
+use super::{Dtype, Entry};
 use crate::{
     error::{Error, Result},
-    size::cap,
+    size::{Size, cap},
 };
 use serde::{
     Deserialize, Deserializer,
@@ -12,19 +12,18 @@ use serde::{
 use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 /// What the header says about one tensor.
-#[derive(Debug)]
-pub struct Info {
-    pub dtype: Dtype,
-    pub shape: Vec<u64>,
+struct Info {
+    dtype: Dtype,
+    shape: Vec<u64>,
     /// Start and end, from the start of the buffer.
-    pub offsets: [u64; 2],
+    offsets: [usize; 2],
 }
 
 /// The parsed header.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Header {
-    /// In the order of the file.
-    pub tensors: Vec<(String, Info)>,
+    /// In the order of the file; ranges are still relative to the buffer and not checked in any way.
+    pub tensors: Vec<Entry>,
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -61,8 +60,15 @@ impl<'de> Visitor<'de> for HeaderVisitor {
             } else if header.tensors.len() as u64 >= cap::TENSORS {
                 return Err(A::Error::custom(format!("more than {} tensors", cap::TENSORS)));
             } else {
-                let info = map.next_value().map_err(|e| A::Error::custom(format!("tensor `{}`: {e}", short(&name))))?;
-                header.tensors.push((name.into_owned(), info));
+                let info = map.next_value::<Info>();
+                let info = info.map_err(|e| A::Error::custom(format!("tensor `{}`: {e}", short(&name))))?;
+                let [start, end] = info.offsets;
+                header.tensors.push(Entry {
+                    name: name.into_owned(),
+                    dtype: info.dtype,
+                    shape: info.shape,
+                    range: start..end,
+                });
             }
         }
         Ok(header)
@@ -147,7 +153,12 @@ impl<'de> Visitor<'de> for InfoVisitor {
         Ok(Info {
             dtype: dtype.ok_or_else(|| missing("dtype"))?,
             shape: shape.ok_or_else(|| missing("shape"))?,
-            offsets: offsets.try_into().map_err(|_| A::Error::custom("`data_offsets` needs two numbers"))?,
+            offsets: match *offsets.as_slice() {
+                [start, end] => {
+                    [Size(start).index().map_err(A::Error::custom)?, Size(end).index().map_err(A::Error::custom)?]
+                }
+                _ => return Err(A::Error::custom("`data_offsets` needs two numbers")),
+            },
         })
     }
 }

@@ -55,10 +55,9 @@ impl Tensors {
         let header = header_range(&bytes)?;
         let buffer = header.end;
         let parsed = header::parse(&bytes[header.clone()]).map_err(|e| e.at_byte(header.start as u64))?;
-        let mut entries = Vec::with_capacity(parsed.tensors.len());
-        for (name, info) in parsed.tensors {
-            let range = check_entry(&info, buffer, bytes.len()).map_err(|e| e.in_item(&name))?;
-            entries.push(Entry { name, dtype: info.dtype, shape: info.shape, range });
+        let mut entries = parsed.tensors;
+        for e in &mut entries {
+            e.range = check_entry(e, buffer, bytes.len()).map_err(|error| error.in_item(&e.name))?;
         }
         check_coverage(&entries, buffer..bytes.len())?;
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -137,15 +136,16 @@ fn header_range(bytes: &[u8]) -> Result<Range<usize>> {
     Ok(8..end)
 }
 
-/// The range of a tensor in the file, if it is inside and exactly as long as shape and type ask for.
-fn check_entry(info: &header::Info, buffer: usize, file: usize) -> Result<Range<usize>> {
+/// The range in the file of a tensor with a range relative to the buffer, if it is inside and exactly as long as shape
+/// and type ask for.
+fn check_entry(info: &Entry, buffer: usize, file: usize) -> Result<Range<usize>> {
     let elements = Size::product(info.shape.iter().copied())?;
     Error::check_limit("the number of elements", elements.0, cap::ELEMENTS)?;
     let wanted = elements.times(Size(info.dtype.bits()))?.exactly_over(Size(8))?;
-    let [start, end] = info.offsets;
-    let length = Size(end).minus(Size(start))?;
-    let start = Size::from(buffer).plus(Size(start))?;
-    let end = Size::from(buffer).plus(Size(end))?;
+    let (start, end) = (Size::from(info.range.start), Size::from(info.range.end));
+    let length = end.minus(start)?;
+    let start = Size::from(buffer).plus(start)?;
+    let end = Size::from(buffer).plus(end)?;
     if length != wanted {
         let expected = format!("{} for {} {:?}", wanted.0, info.dtype.name(), info.shape);
         return Err(Error::malformed(format!("{} bytes", length.0), expected).at_byte(start.0));
