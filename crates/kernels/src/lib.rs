@@ -13,6 +13,7 @@
 //! * [`gemv`]: dot products of one vector with all or chosen rows (decode).
 //! * [`isa`]: the one place that picks an instruction set.
 //! * [`pool`]: the one place that makes threads.
+//! * [`probe`]: what this machine can do at best.
 //! * [`select`]: which entries of a vector stay.
 
 pub mod attention;
@@ -25,6 +26,7 @@ pub mod gemv;
 pub mod isa;
 mod lanes;
 pub mod pool;
+pub mod probe;
 pub mod select;
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,180 @@
+//! What this machine can do at best: the rate of a plain streaming read and of multiply-adds.
+
+use crate::{Isa, Pool, isa};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// Bytes of one claim of the reading test.
+const CLAIM: usize = 256 << 10;
+
+/// Memory that [`StreamProbe::read`] reads, kept between measurements so that probes can be interleaved with the work
+/// they are compared with.
+pub struct StreamProbe {
+    data: Vec<u64>,
+}
+
+impl StreamProbe {
+    /// A buffer of about `bytes` bytes (at least one claim). Use a multiple of the last cache level; 1 GiB is usual.
+    pub fn new(bytes: usize) -> Self {
+        // Pages of zeros would all be the same page of memory until they are written.
+        let words = bytes.div_ceil(CLAIM).max(1) * (CLAIM / 8);
+        Self { data: (0..words as u64).collect() }
+    }
+
+    /// Bytes of the buffer.
+    pub fn bytes(&self) -> usize {
+        self.data.len() * 8
+    }
+
+    /// Reads the whole buffer once with all threads of the pool; returns bytes per second.
+    pub fn read(&self, pool: &Pool) -> f64 {
+        let sink = AtomicU64::new(0);
+        let chunks: Vec<&[u64]> = self.data.chunks_exact(CLAIM / 8).collect();
+        let isa = isa::get();
+        let start = Instant::now();
+        pool.run(chunks.len(), &|_, i| {
+            sink.fetch_xor(xor(isa, chunks[i]), Relaxed);
+        });
+        let seconds = start.elapsed().as_secs_f64();
+        black_box(sink.into_inner());
+        (chunks.len() * CLAIM) as f64 / seconds
+    }
+}
+
+/// Streaming read bandwidth in bytes per second: median of `passes` passes (at least one) over `bytes` bytes.
+pub fn stream_read(pool: &Pool, bytes: usize, passes: usize) -> f64 {
+    let probe = StreamProbe::new(bytes);
+    let mut rates: Vec<f64> = (0..passes.max(1)).map(|_| probe.read(pool)).collect();
+    rates.sort_by(f64::total_cmp);
+    rates[rates.len() / 2]
+}
+
+fn xor(isa: Isa, words: &[u64]) -> u64 {
+    match isa {
+        // SAFETY: `isa::get` names only instruction sets that the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => unsafe { xor_avx512(words) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { xor_avx2(words) },
+        _ => xor_body::<8>(words),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn xor_avx512(words: &[u64]) -> u64 {
+    xor_body::<32>(words)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn xor_avx2(words: &[u64]) -> u64 {
+    xor_body::<16>(words)
+}
+
+/// Four registers' worth of words side by side; the compiler turns the inner loop into vector operations.
+#[inline(always)]
+fn xor_body<const N: usize>(words: &[u64]) -> u64 {
+    let mut acc = [0; N];
+    for words in words.as_chunks::<N>().0 {
+        #[cfg(target_arch = "x86_64")]
+        for at in (0..N * 8).step_by(64) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let p = words.as_ptr().cast::<i8>().wrapping_add(2048 + at);
+            // SAFETY: a prefetch reads nothing and cannot fault, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p) };
+        }
+        for (a, w) in acc.iter_mut().zip(words) {
+            *a ^= w;
+        }
+    }
+    acc.iter().fold(0, |a, b| a ^ b)
+}
+
+/// Peak rate of f32 multiply-adds in operations per second (a multiply-add counts as two), measured for `time`.
+pub fn peak_fma(pool: &Pool, time: Duration) -> f64 {
+    /// Multiply-adds of one claim, per lane and accumulator.
+    const ROUNDS: usize = 20_000;
+    let isa = isa::get();
+    let chunks = pool.threads() * 8;
+    let (mut best, start) = (0.0_f64, Instant::now());
+    while best == 0.0 || start.elapsed() < time {
+        let operations = AtomicU64::new(0);
+        let begin = Instant::now();
+        pool.run(chunks, &|_, _| {
+            operations.fetch_add(multiply_add(isa, ROUNDS), Relaxed);
+        });
+        best = best.max(operations.into_inner() as f64 / begin.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Runs `rounds` rounds of independent multiply-adds; returns the number of operations.
+fn multiply_add(isa: Isa, rounds: usize) -> u64 {
+    match isa {
+        // SAFETY: `isa::get` names only instruction sets that the CPU has.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => unsafe { multiply_add_avx512(rounds) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { multiply_add_avx2(rounds) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => multiply_add_body::<4, 16>(rounds, |a, b, c| a.mul_add(b, c)),
+        _ => multiply_add_body::<4, 8>(rounds, |a, b, c| a * b + c),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn multiply_add_avx512(rounds: usize) -> u64 {
+    multiply_add_body::<16, 12>(rounds, |a, b, c| a.mul_add(b, c))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_add_avx2(rounds: usize) -> u64 {
+    multiply_add_body::<8, 12>(rounds, |a, b, c| a.mul_add(b, c))
+}
+
+#[inline(always)]
+fn multiply_add_body<const LANES: usize, const CHAINS: usize>(
+    rounds: usize,
+    step: impl Fn(f32, f32, f32) -> f32,
+) -> u64 {
+    let (factor, term) = (black_box(0.999_f32), black_box(0.001_f32));
+    let mut acc = [[1.0_f32; LANES]; CHAINS];
+    for _ in 0..rounds {
+        for lanes in &mut acc {
+            for v in lanes {
+                *v = step(*v, factor, term);
+            }
+        }
+    }
+    black_box(acc);
+    (2 * rounds * LANES * CHAINS) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_plausible() {
+        let pool = Pool::new(1);
+        let read = stream_read(&pool, 8 << 20, 3);
+        assert!((1e8..1e13).contains(&read), "{read} bytes/s");
+        let peak = peak_fma(&pool, Duration::from_millis(20));
+        assert!((1e8..1e13).contains(&peak), "{peak} operations/s");
+    }
+
+    #[test]
+    fn every_isa_sums_the_same() {
+        let words: Vec<u64> = (0..4096u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+        let expected = words.iter().fold(0, |a, b| a ^ b);
+        for isa in isa::available() {
+            assert_eq!(xor(isa, &words), expected);
+        }
+    }
+}
