@@ -30,6 +30,8 @@ pub mod probe;
 pub mod select;
 #[cfg(test)]
 mod testing;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use format::{Format, Matrix};
 pub use isa::Isa;

@@ -4,6 +4,10 @@
 //! on the threads nor on the slices. Channels whose value is exactly zero are skipped: leaving them out of the index
 //! gives the same bits.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -76,7 +80,7 @@ impl<'a> Part<'a> {
         assert_eq!(job.y.len(), cols, "results and columns differ in number");
         let rows = job.wt.rows();
         assert!(job.index.iter().all(|&i| (i as usize) < rows), "a channel number is not below {rows}");
-        let per_claim = cols.div_ceil(slices(threads)).next_multiple_of(ALIGN);
+        let per_claim = slice_cols(&job.wt, threads);
         let channels = Channels { wt: job.wt, index: job.index, value: job.value };
         Self { channels, y: job.y.as_mut_ptr(), per_claim }
     }
@@ -95,19 +99,75 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Slices a job is cut into: one for a lone thread, else some per thread, so that a slow thread holds up little.
-fn slices(threads: usize) -> usize {
-    if threads == 1 { 1 } else { 4 * threads }
+/// Columns per claim: a few slices per thread, so that a slow thread holds up little, but pieces of a row that are long
+/// enough to read well and short enough that the pieces of two groups of channels stay in the first cache.
+fn slice_cols(wt: &Matrix, threads: usize) -> usize {
+    let cols_of = |bytes: usize| bytes * wt.cols() / wt.row_bytes().max(1);
+    let wanted = wt.cols().div_ceil(2 * threads);
+    wanted.clamp(cols_of(PIECE_BYTES.0), cols_of(PIECE_BYTES.1)).next_multiple_of(ALIGN).max(ALIGN)
 }
+
+/// Shortest and longest piece of a row in one claim, in bytes.
+const PIECE_BYTES: (usize, usize) = (512, 2048);
 
 /// Outputs `first..first + y.len()`.
 fn compute(isa: Isa, channels: &Channels, first: usize, y: &mut [f32]) {
-    let _ = isa;
     y.fill(0.0);
-    for (&channel, &value) in channels.index.iter().zip(channels.value) {
-        if value != 0.0 {
-            scalar::add(channels.wt.format(), slice(&channels.wt, channel, first, y.len()), value, y);
+    let live = Live { channels, first, len: y.len(), at: 0 };
+    match isa {
+        // SAFETY: `run_on` has checked that the CPU has this instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::add(channels.wt.format(), live, y) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::add(channels.wt.format(), live, y) },
+        _ => live.for_each(|(row, value)| scalar::add(channels.wt.format(), row, value, y)),
+    }
+}
+
+/// The channels whose value is not zero: their bytes of the slice and their values, in order.
+struct Live<'a> {
+    channels: &'a Channels<'a>,
+    first: usize,
+    len: usize,
+    at: usize,
+}
+
+impl<'a> Iterator for Live<'a> {
+    type Item = (&'a [u8], f32);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let Channels { wt, index, value } = self.channels;
+        while let Some(&value) = value.get(self.at) {
+            let channel = index[self.at];
+            self.at += 1;
+            if value != 0.0 {
+                return Some((slice(wt, channel, self.first, self.len), value));
+            }
         }
+        None
+    }
+}
+
+/// Channels that a kernel adds in one pass over the outputs.
+#[cfg(target_arch = "x86_64")]
+struct Group<'a, const C: usize> {
+    rows: [&'a [u8]; C],
+    value: [f32; C],
+    len: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a, const C: usize> Group<'a, C> {
+    /// The next channels, up to `C`; fewer only at the end.
+    fn take(live: &mut Live<'a>) -> Self {
+        let mut group = Self { rows: [&[]; C], value: [0.0; C], len: 0 };
+        for (row, value) in live.take(C) {
+            group.rows[group.len] = row;
+            group.value[group.len] = value;
+            group.len += 1;
+        }
+        group
     }
 }
 

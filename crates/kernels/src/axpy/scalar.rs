@@ -8,7 +8,7 @@ pub(super) fn add(format: Format, row: &[u8], value: f32, y: &mut [f32]) {
     match format {
         Format::Q8_0 => add_q8_0(row, value, y),
         Format::Q4_0 => add_q4_0(row, value, y),
-        _ => add_decoded(format, row, value, y),
+        _ => add_decoded(format, row, y, |w, y| y + value * w),
     }
 }
 
@@ -37,7 +37,9 @@ fn add_q4_0(row: &[u8], value: f32, y: &mut [f32]) {
     }
 }
 
-fn add_decoded(format: Format, row: &[u8], value: f32, y: &mut [f32]) {
+/// Decodes the run piece by piece and replaces every output by `step(weight, output)`.
+#[inline(always)]
+pub(super) fn add_decoded(format: Format, row: &[u8], y: &mut [f32], step: impl Fn(f32, f32) -> f32) {
     const RUN: usize = 256;
     let mut weights = [0.0; RUN];
     let bytes = RUN / format.block_len() * format.block_bytes();
@@ -45,7 +47,7 @@ fn add_decoded(format: Format, row: &[u8], value: f32, y: &mut [f32]) {
         let weights = &mut weights[..y.len()];
         convert::decode_run(format, row, weights);
         for (w, y) in weights.iter().zip(y) {
-            *y += value * w;
+            *y = step(*w, *y);
         }
     }
 }

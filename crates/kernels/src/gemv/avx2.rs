@@ -3,8 +3,8 @@
 use super::Rows;
 use super::operand::{BLOCK, Int8, Operand};
 use super::scalar::q4k_scales;
-use super::x86::{last_group, prefetch_ahead, prefetch_head};
 use crate::Format;
+use crate::x86::{last_group, prefetch_ahead, prefetch_head};
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim. The CPU must have [`crate::Isa::Avx2`].
@@ -93,7 +93,7 @@ macro_rules! for_groups {
     ($row:ident, $bytes:literal, |$g:ident, $block:ident| $body:block) => {{
         let whole = $row.as_chunks::<$bytes>().0;
         for ($g, $block) in whole.iter().enumerate() {
-            prefetch_ahead([$block.as_ptr()]);
+            prefetch_ahead([$block]);
             $body
         }
         if whole.len() * $bytes < $row.len() {

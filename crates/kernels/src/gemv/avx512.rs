@@ -6,9 +6,9 @@
 
 use super::operand::{Int8, Operand};
 use super::scalar::q4k_scales;
-use super::x86::{last_group, prefetch_ahead, prefetch_head};
 use super::{Rows, WIDE};
 use crate::Format;
+use crate::x86::{last_group, prefetch_ahead, prefetch_head};
 use half::f16;
 use std::arch::x86_64::*;
 
@@ -105,7 +105,7 @@ macro_rules! for_groups {
         let groups = whole[0].len();
         for $g in 0..groups {
             let $blocks = whole.map(|w| &w[$g]);
-            prefetch_ahead($blocks.map(|b| b.as_ptr()));
+            prefetch_ahead($blocks);
             $body
         }
         if groups * $bytes < $rows[0].len() {

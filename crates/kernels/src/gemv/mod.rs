@@ -12,8 +12,6 @@ mod operand;
 mod scalar;
 #[cfg(test)]
 mod tests;
-#[cfg(target_arch = "x86_64")]
-mod x86;
 
 pub use operand::Operand;
 
