@@ -125,8 +125,8 @@ macro_rules! add_plain {
             for_units!(rows, next, y, $bytes, 32, |w, out| {
                 let mut sum = [load(out, 0), load(out, 16)];
                 for ($b, value) in w.into_iter().zip(value) {
-                    for $half in 0..2 {
-                        sum[$half] = _mm512_fmadd_ps(value, $widen, sum[$half]);
+                    for ($half, sum) in sum.iter_mut().enumerate() {
+                        *sum = _mm512_fmadd_ps(value, $widen, *sum);
                     }
                 }
                 store(out, 0, sum[0]);
@@ -168,19 +168,17 @@ fn scaled(words: __m512i, value: f32) -> [f32; 4] {
 fn add_q8_0<const C: usize>(rows: [&[u8]; C], value: [f32; C], next: [&[u8]; C], y: &mut [f32]) {
     let pick = scale_words([0, 17, 0, 17]);
     for_units!(rows, next, y, 136, 128, |w, out| {
-        let mut scale = [[0.0; 4]; C];
-        for c in 0..C {
+        let scale: [[f32; 4]; C] = std::array::from_fn(|c| {
             let words = _mm512_permutexvar_epi16(pick, at512(w[c], 0));
-            let words = _mm512_mask_permutexvar_epi16(words, 0b1100, pick, at512(w[c], 68));
-            scale[c] = scaled(words, value[c]);
-        }
+            scaled(_mm512_mask_permutexvar_epi16(words, 0b1100, pick, at512(w[c], 68)), value[c])
+        });
         for block in 0..4 {
             let mut sum = [load(out, block * 32), load(out, block * 32 + 16)];
-            for c in 0..C {
-                let s = _mm512_set1_ps(scale[c][block]);
-                for half in 0..2 {
+            for (c, scale) in scale.iter().enumerate() {
+                let s = _mm512_set1_ps(scale[block]);
+                for (half, sum) in sum.iter_mut().enumerate() {
                     let q = _mm512_cvtepi8_epi32(at128(w[c], block * 34 + 2 + half * 16));
-                    sum[half] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(q), sum[half]);
+                    *sum = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(q), *sum);
                 }
             }
             store(out, block * 32, sum[0]);
@@ -196,14 +194,12 @@ fn add_q4_0<const C: usize>(rows: [&[u8]; C], value: [f32; C], next: [&[u8]; C],
     let pick = scale_words([0, 9, 18, 27]);
     let table = _mm512_set_ps(7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0);
     for_units!(rows, next, y, 72, 128, |w, out| {
-        let mut scale = [[0.0; 4]; C];
-        for c in 0..C {
-            scale[c] = scaled(_mm512_permutexvar_epi16(pick, at512(w[c], 0)), value[c]);
-        }
+        let scale: [[f32; 4]; C] =
+            std::array::from_fn(|c| scaled(_mm512_permutexvar_epi16(pick, at512(w[c], 0)), value[c]));
         for block in 0..4 {
             let mut sum = [load(out, block * 32), load(out, block * 32 + 16)];
-            for c in 0..C {
-                let s = _mm512_set1_ps(scale[c][block]);
+            for (c, scale) in scale.iter().enumerate() {
+                let s = _mm512_set1_ps(scale[block]);
                 // The table look-up reads only the lowest four bits of a lane.
                 let low = _mm512_cvtepu8_epi32(at128(w[c], block * 18 + 2));
                 let high = _mm512_srli_epi32::<4>(low);

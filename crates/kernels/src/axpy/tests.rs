@@ -27,7 +27,7 @@ fn every_format_on_every_isa() {
             let wt = Matrix::new(format, rows, cols, guarded.bytes()).unwrap();
             // Every other channel or so, the last one always: it ends at the guard page.
             let index: Vec<u32> =
-                (0..rows as u32).filter(|&i| random.bits() % 2 == 0 || i == rows as u32 - 1).collect();
+                (0..rows as u32).filter(|&i| random.bits().is_multiple_of(2) || i == rows as u32 - 1).collect();
             let value = random.floats(index.len());
             let (mut sum, mut size) = (vec![0.0; cols], vec![0.0; cols]);
             let mut weights = vec![0.0; cols];

@@ -294,12 +294,12 @@ mod tests {
                 // Dirty buffers must not shine through.
                 o.prepare_on(isa, &[7.0; 900], &Format::ALL);
                 o.prepare_on(isa, &x, &Format::ALL);
-                for i in 0..n {
-                    assert_eq!(o.plain()[i], x[i]);
+                for (i, &x) in x.iter().enumerate() {
+                    assert_eq!(o.plain()[i], x);
                     let (b, j) = (i / BLOCK, i % BLOCK);
-                    assert_eq!(o.split()[b * BLOCK + j / 2 + 16 * (j % 2)], x[i]);
+                    assert_eq!(o.split()[b * BLOCK + j / 2 + 16 * (j % 2)], x);
                     let d = o.int8().d[b];
-                    assert!((f32::from(o.int8().q[i]) * d - x[i]).abs() <= d * 0.501);
+                    assert!((f32::from(o.int8().q[i]) * d - x).abs() <= d * 0.501);
                     let at = i / GROUP * GROUP + j / 16 * 64 + b % 4 * 16 + j % 16;
                     assert_eq!(o.q4_0().q[at], o.int8().q[i]);
                     assert_eq!(o.q4_0().d4[(i / GROUP) * 16 + b % 4 * 4 + j % 4], d);
