@@ -1,0 +1,247 @@
+//! Sparse decode against dense decode, on every fixture and on the trained models of the shared data.
+
+use lacuna::{
+    calibrate,
+    engine::{
+        Engine, Options,
+        break_even::BreakEven,
+        compile::{CompileOptions, Compiled, compile},
+        layouts::LayoutCache,
+    },
+    model::{LoadOptions, Model, load},
+    tokenizer::Tokenizer,
+};
+use lacuna_core::{
+    observer::Observer,
+    plan::{Entry, PLAN_VERSION, Plan, Rule, Selector},
+    site::{Point, Proj},
+};
+use lacuna_kernels::{Format, Pool};
+use lacuna_methods::registry;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+fn fixtures() -> Vec<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut all: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    all.sort();
+    all
+}
+
+fn shared(part: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared").join(part);
+    if path.exists() {
+        return Some(path);
+    }
+    println!("skipped: not present: {}", path.display());
+    None
+}
+
+fn model(path: &Path) -> Arc<Model> {
+    Arc::new(load(path, &LoadOptions::default()).unwrap())
+}
+
+fn engine(model: &Arc<Model>, compiled: Option<&Compiled>) -> Engine {
+    let plan = compiled.map(|c| c.plan.clone());
+    Engine::new(model.clone(), Options { threads: 2, plan, ..Options::default() }).unwrap()
+}
+
+/// No cache on disk; `always`: no dense fall-back.
+fn compiled(plan: &Plan, model: &Arc<Model>, always: bool) -> Compiled {
+    let mut break_even = BreakEven::default();
+    if always {
+        Format::ALL.into_iter().for_each(|f| break_even.set(f, 1.0));
+    }
+    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even };
+    compile(plan, model, &options, &Pool::new(2), &|_, _| {}).unwrap()
+}
+
+/// Logits of `tokens`, the first `prompt` of them prefilled and the others decoded.
+fn logits(engine: &Engine, tokens: &[u32], prompt: usize) -> Vec<f32> {
+    let mut session = engine.session(0).unwrap();
+    let mut all = session.prefill(&tokens[..prompt]).unwrap().to_vec();
+    for t in &tokens[prompt..] {
+        all.extend_from_slice(session.decode(*t).unwrap());
+    }
+    all
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits())
+}
+
+/// A plan of `steps`, calibrated on `tokens` by the dense engine.
+fn calibrated(steps: &str, model: &Arc<Model>, windows: &[Vec<u32>]) -> Plan {
+    let steps = registry::parse(steps).unwrap();
+    let layers = calibrate::layer_shapes(&model.spec);
+    let needed = calibrate::needed(&steps, &layers);
+    let dense = engine(model, None);
+    let mut session = dense.session(0).unwrap();
+    let mut forward = |tokens: &[u32], observer: &mut dyn Observer| {
+        session.truncate(0);
+        session.observe(tokens, observer)
+    };
+    let statistics = calibrate::observe(&mut forward, windows, &needed.points, |_, _| {}).unwrap();
+    let (plan, notes) = calibrate::plan(&steps, &layers, &model.hash, &statistics).unwrap();
+    assert!(notes.is_empty() || steps.len() > 1, "{notes:?}");
+    plan
+}
+
+fn tokens_for(model: &Model, n: usize) -> Vec<u32> {
+    (0..n as u32).map(|i| (i * 37 + 11) % model.spec.vocab as u32).collect()
+}
+
+#[test]
+fn keeping_all_inputs_has_the_bits_of_dense_on_every_architecture() {
+    for dir in fixtures() {
+        let model = model(&dir);
+        let tokens = tokens_for(&model, 12);
+        let plan = calibrated("teal=0", &model, std::slice::from_ref(&tokens));
+        let sparse = compiled(&plan, &model, true);
+        let converted = engine(&sparse.model, None);
+        let (got, want) = (logits(&engine(&sparse.model, Some(&sparse)), &tokens, 4), logits(&converted, &tokens, 4));
+        assert!(same_bits(&got, &want), "{}", dir.display());
+        let fallen_back = compiled(&plan, &model, false);
+        let dense = engine(&model, None);
+        let got = logits(&engine(&fallen_back.model, Some(&fallen_back)), &tokens, 4);
+        let zeros = plan.entries.iter().any(|e| e.kept.unwrap() <= 0.7);
+        assert!(zeros || same_bits(&got, &logits(&dense, &tokens, 4)), "{}: fall-back", dir.display());
+        assert!(zeros || !fallen_back.notes.is_empty());
+    }
+}
+
+#[test]
+fn relu_skipping_is_exact_and_counts_what_it_reads() {
+    let mut seen = 0;
+    for dir in fixtures() {
+        let model = model(&dir);
+        let tokens = tokens_for(&model, 12);
+        let steps = registry::parse("relu").unwrap();
+        let layers = calibrate::layer_shapes(&model.spec);
+        let nothing = lacuna_core::statistics::Statistics::default();
+        let Ok((plan, _)) = calibrate::plan(&steps, &layers, &model.hash, &nothing) else { continue };
+        seen += 1;
+        let sparse = compiled(&plan, &model, false);
+        let want = logits(&engine(&sparse.model, None), &tokens, 4);
+        let skipping = engine(&sparse.model, Some(&sparse));
+        assert!(same_bits(&logits(&skipping, &tokens, 4), &want), "{}", dir.display());
+        let mut session = skipping.session(0).unwrap();
+        tokens.iter().for_each(|t| drop(session.decode(*t).unwrap().to_vec()));
+        let kept = session.counters().neurons().share().min(session.counters().input(Proj::Down).share());
+        assert!(kept > 0.05 && kept < 0.95, "{}: kept {kept}", dir.display());
+    }
+    assert!(seen >= 3, "llama-relu, llama-relu2 and opt have exact zeros");
+}
+
+#[test]
+fn a_plan_for_other_weights_or_places_is_refused() {
+    let find = |name: &str| fixtures().into_iter().find(|d| d.ends_with(name)).unwrap();
+    let (llama, opt) = (model(&find("llama2")), model(&find("opt")));
+    let error = |plan: &Plan, model: &Arc<Model>| {
+        let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::default() };
+        compile(plan, model, &options, &Pool::new(1), &|_, _| {}).unwrap_err().to_string()
+    };
+    let selector = Selector::NonZero;
+    let entries = vec![Entry { layer: 0, rule: Rule::Inputs { proj: Proj::Gate, selector }, kept: None }];
+    let method = "by hand".into();
+    let mut plan = Plan { version: PLAN_VERSION, model: opt.hash.clone(), method, calibration_tokens: 0, entries };
+    assert!(error(&plan, &llama).contains(&opt.hash) && error(&plan, &llama).contains(&llama.hash));
+    assert!(error(&plan, &opt).contains("mlp.gate"));
+    plan.entries[0].layer = 99;
+    assert!(error(&plan, &opt).contains("layer 99"));
+}
+
+/// Documents of the stories file from the end (test) or the start (training), encoded with BOS.
+fn stories(dir: &Path, range: std::ops::Range<usize>, last: bool) -> Option<Vec<Vec<u32>>> {
+    let text = std::fs::read_to_string(shared("data/tinystories-sample/stories.txt")?).unwrap();
+    let all: Vec<&str> = text.split("<|endoftext|>").map(str::trim).filter(|s| !s.is_empty()).collect();
+    let first = if last { all.len() - 300 } else { 0 };
+    let tokenizer = Tokenizer::from_dir(dir).unwrap();
+    let encode = |s: &&str| {
+        let mut ids = tokenizer.encode(s, true).unwrap();
+        ids.truncate(512);
+        ids
+    };
+    Some(all[first + range.start..first + range.end].iter().map(encode).collect())
+}
+
+#[test]
+fn the_trained_relu_model_keeps_nine_percent_exactly() {
+    let Some(dir) = shared("models/lacuna-stories-relu") else { return };
+    let model = model(&dir);
+    let Some(windows) = stories(&dir, 0..4, true) else { return };
+    let plan = calibrated("relu", &model, &windows);
+    let kept: Vec<f32> = plan.entries.iter().map(|e| e.kept.unwrap()).collect();
+    let mean = kept.iter().sum::<f32>() / kept.len() as f32;
+    assert!((mean - 0.091).abs() < 0.02, "{kept:?}: 9.1 % over 100 stories by the model's card");
+    let sparse = compiled(&plan, &model, false);
+    let skipping = engine(&sparse.model, Some(&sparse));
+    let tokens = &windows[0][..120.min(windows[0].len())];
+    let want = logits(&engine(&sparse.model, None), tokens, 8);
+    assert!(same_bits(&logits(&skipping, tokens, 8), &want));
+    let mut session = skipping.session(0).unwrap();
+    tokens.iter().for_each(|t| drop(session.decode(*t).unwrap().to_vec()));
+    let counters = session.counters();
+    assert!((counters.neurons().share() - 0.091).abs() < 0.03, "{:?}", counters.neurons());
+    let dense = engine(&model, None).bytes_per_token(0) as f64;
+    assert!(counters.bytes_per_token() < 0.75 * dense, "{} of {dense}", counters.bytes_per_token());
+}
+
+/// Counts how many values of the observed points a plan's thresholds keep.
+struct Keeping<'a> {
+    plan: &'a Plan,
+    counts: Vec<(u64, u64)>,
+}
+
+impl Observer for Keeping<'_> {
+    fn wants(&self, point: Point) -> bool {
+        matches!(point, Point::Input { .. })
+    }
+
+    fn observe(&mut self, point: Point, _: usize, values: &[f32]) {
+        for (entry, count) in self.plan.entries.iter().zip(&mut self.counts) {
+            let Rule::Inputs { proj, selector: Selector::Magnitude { threshold } } = entry.rule else { continue };
+            if point == (Point::Input { layer: entry.layer, proj }) {
+                count.0 += values.iter().filter(|x| x.abs() > threshold).count() as u64;
+                count.1 += values.len() as u64;
+            }
+        }
+    }
+}
+
+#[test]
+fn teal_keeps_its_share_on_calibration_data_and_nearly_on_other_text() {
+    let Some(dir) = shared("models/lacuna-stories") else { return };
+    let model = model(&dir);
+    let (Some(seen), Some(unseen)) = (stories(&dir, 0..12, false), stories(&dir, 0..12, true)) else { return };
+    let plan = calibrated("teal=0.4", &model, &seen);
+    for (windows, bound) in [(seen, 0.005), (unseen, 0.03)] {
+        let mut keeping = Keeping { plan: &plan, counts: vec![(0, 0); plan.entries.len()] };
+        let dense = engine(&model, None);
+        for w in &windows {
+            dense.session(0).unwrap().observe(w, &mut keeping).unwrap();
+        }
+        for (entry, (kept, all)) in plan.entries.iter().zip(&keeping.counts) {
+            let share = *kept as f64 / *all as f64;
+            assert!(*all > 0 && (share - 0.6).abs() <= bound, "{entry:?}: {share}");
+        }
+    }
+}
+
+#[test]
+fn relu_and_teal_compose_and_composition_reads_less_than_either() {
+    let Some(dir) = shared("models/lacuna-stories-relu") else { return };
+    let model = model(&dir);
+    let Some(windows) = stories(&dir, 0..3, false) else { return };
+    let bytes = |steps: &str| {
+        let plan = calibrated(steps, &model, &windows);
+        let sparse = compiled(&plan, &model, false);
+        let mut session = engine(&sparse.model, Some(&sparse)).session(0).unwrap();
+        windows[0].iter().take(64).for_each(|t| drop(session.decode(*t).unwrap().to_vec()));
+        session.counters().bytes_per_token()
+    };
+    let (both, relu, teal) = (bytes("relu,teal=0.5"), bytes("relu"), bytes("teal=0.5"));
+    assert!(both < relu && both < teal, "{both} {relu} {teal}");
+}
