@@ -102,7 +102,8 @@ fn plans_are_deterministic_and_keep_the_budget() {
             assert!(!entries.is_empty());
             for entry in &entries {
                 let values = &data[&selected_point(entry)].1;
-                let kept = values.iter().filter(|x| keeps(entry.rule.selector(), **x)).count() as f64 / values.len() as f64;
+                let kept =
+                    values.iter().filter(|x| keeps(entry.rule.selector(), **x)).count() as f64 / values.len() as f64;
                 let what = format!("{} {budget:?} {entry:?}: keeps {kept}", method.name());
                 assert!((kept - f64::from(entry.kept.unwrap())).abs() < 0.005, "{what}");
                 assert!(budget.is_none_or(|b| (kept - (1.0 - b)).abs() < 0.005), "{what}");
