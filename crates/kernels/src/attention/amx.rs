@@ -48,17 +48,25 @@ pub(super) fn end() {
     unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
 }
 
-/// See [`super::backend::Backend::scores`]; `scores` points at the first column.
+/// See [`super::backend::Backend::scores`]; `scores` points at the first column, `next` at the keys that come after.
 ///
 /// # Safety
 /// The shapes fit [`fits`], and [`begin`] was called on this thread.
-pub(super) unsafe fn scores(layout: &Layout, rows: &Rows<u16>, keys: *const u16, scores: *mut f32, columns: usize) {
+pub(super) unsafe fn scores(
+    layout: &Layout,
+    rows: &Rows<u16>,
+    keys: *const u16,
+    next: *const u16,
+    scores: *mut f32,
+    columns: usize,
+) {
     let b_stride = 2 * layout.page_len;
     for column in (0..columns).step_by(COLUMNS) {
+        let ahead = if column + COLUMNS < layout.page_len { keys.wrapping_add(2 * (column + COLUMNS)) } else { next };
         // SAFETY: the caller vouches for the shapes.
         unsafe {
             zero();
-            multiply(rows.q, rows.q_stride, keys.add(2 * column), b_stride, layout.d2 / 32);
+            multiply(rows.q, rows.q_stride, keys.add(2 * column), b_stride, layout.d2 / 32, ahead);
             store(scores.add(column), rows.scores_stride);
         }
     }
@@ -74,11 +82,15 @@ pub(super) unsafe fn values(layout: &Layout, rows: &Rows<u16>, values: &[*const 
         unsafe {
             let out = rows.out.add(column);
             load(out, layout.d16);
-            for (page, values) in values.iter().enumerate() {
+            for (page, &now) in values.iter().enumerate() {
                 let at = page * layout.page_len;
                 let steps = (columns - at).min(layout.page_len) / 32;
                 let weights = rows.weights.cast_const().add(at);
-                multiply(weights, rows.weights_stride, values.add(2 * column), 2 * layout.d16, steps);
+                let ahead = match values.get(page + 1) {
+                    Some(next) => next.wrapping_add(2 * column),
+                    None => values[0].wrapping_add(2 * (column + COLUMNS)),
+                };
+                multiply(weights, rows.weights_stride, now.add(2 * column), 2 * layout.d16, steps, ahead);
             }
             store(out, layout.d16);
         }
@@ -126,12 +138,15 @@ unsafe fn store(c: *mut f32, stride: usize) {
 }
 
 /// Adds the product of 32 rows of `a` and 32 columns of pairs `b`, over a depth of `32 * steps`; strides in numbers.
+///
+/// Tiles are loaded row by row with a stride that the hardware does not prefetch, so the operand of the next call,
+/// `ahead`, is brought into the first-level cache meanwhile.
 #[inline(always)]
-unsafe fn multiply(a: *const u16, a_stride: usize, b: *const u16, b_stride: usize, steps: usize) {
+unsafe fn multiply(a: *const u16, a_stride: usize, b: *const u16, b_stride: usize, steps: usize, ahead: *const u16) {
     if steps == 0 {
         return;
     }
-    // SAFETY: the caller vouches for the shapes and has configured tiles.
+    // SAFETY: the caller vouches for the shapes and has configured tiles; a prefetch never faults.
     unsafe {
         asm!(
             "2:",
@@ -139,9 +154,24 @@ unsafe fn multiply(a: *const u16, a_stride: usize, b: *const u16, b_stride: usiz
             "tileloadd tmm6, [{b} + {sb}]",
             "tileloadd tmm7, [{b} + {sb} + 64]",
             "tdpbf16ps tmm0, tmm4, tmm6",
+            ".rept 5",
+            "prefetcht0 [{p}]",
+            "prefetcht0 [{p} + 64]",
+            "add {p}, {sb}",
+            ".endr",
             "tileloadd tmm5, [{e} + {sa}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
+            ".rept 5",
+            "prefetcht0 [{p}]",
+            "prefetcht0 [{p} + 64]",
+            "add {p}, {sb}",
+            ".endr",
             "tdpbf16ps tmm2, tmm5, tmm6",
+            ".rept 6",
+            "prefetcht0 [{p}]",
+            "prefetcht0 [{p} + 64]",
+            "add {p}, {sb}",
+            ".endr",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a}, 64",
             "add {e}, 64",
@@ -151,6 +181,7 @@ unsafe fn multiply(a: *const u16, a_stride: usize, b: *const u16, b_stride: usiz
             a = inout(reg) a => _,
             e = inout(reg) a.add(16 * a_stride) => _,
             b = inout(reg) b => _,
+            p = inout(reg) ahead => _,
             n = inout(reg) steps => _,
             sa = in(reg) 2 * a_stride,
             sb = in(reg) 2 * b_stride,

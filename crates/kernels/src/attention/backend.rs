@@ -73,11 +73,12 @@ pub(super) trait Backend: Sync {
     /// See [`Backend::begin`].
     fn end(&self) {}
 
-    /// `scores[r][at + j] = q[r] . keys[j]` for the rows of a group and `j < columns`.
+    /// `scores[r][at + j] = q[r] . keys[0][j]` for the rows of a group and `j < columns`; `keys[1]`, if there, is the
+    /// next page (to be fetched ahead).
     ///
     /// # Safety
     /// The pointers and shapes fit, and the machine has the instruction set.
-    unsafe fn scores(&self, layout: &Layout, rows: &Rows<Self::A>, keys: *const Self::A, at: usize, columns: usize);
+    unsafe fn scores(&self, layout: &Layout, rows: &Rows<Self::A>, keys: &[*const Self::A], at: usize, columns: usize);
 
     /// Turns scores into weights; see [`SoftmaxRow`].
     ///

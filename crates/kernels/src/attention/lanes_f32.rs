@@ -29,12 +29,12 @@ impl Backend for LanesF32 {
         unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), to, row.len()) }
     }
 
-    unsafe fn scores(&self, layout: &Layout, rows: &Rows<f32>, keys: *const f32, at: usize, columns: usize) {
+    unsafe fn scores(&self, layout: &Layout, rows: &Rows<f32>, keys: &[*const f32], at: usize, columns: usize) {
         let product = Product {
             rows: self.group(),
             a: rows.q,
             a_stride: rows.q_stride,
-            b: &[keys],
+            b: &keys[..1],
             b_stride: layout.page_len,
             b_rows: layout.d2,
             depth: layout.d2,

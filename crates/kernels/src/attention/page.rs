@@ -12,6 +12,7 @@
 //!
 //! The pairs are the operand layout of the bf16 dot products (`vdpbf16ps`, AMX `tdpbf16ps`; Intel SDM, volume 2).
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// How keys and values are stored.
@@ -129,11 +130,23 @@ pub(super) fn get(ty: KvType, run: &[u8], i: usize) -> f32 {
     }
 }
 
-fn put(ty: KvType, run: &mut [u8], i: usize, x: f32) {
-    match ty {
-        KvType::F32 => run[4 * i..4 * i + 4].copy_from_slice(&x.to_le_bytes()),
-        KvType::F16 => run[2 * i..2 * i + 2].copy_from_slice(&f16::from_f32(x).to_le_bytes()),
-        KvType::Bf16 => run[2 * i..2 * i + 2].copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
+/// The bits of `row`, four or two bytes each, to be placed by `place(bytes, component)`.
+fn encode(ty: KvType, row: &[f32], mut place: impl FnMut(&[u8], usize)) {
+    const PIECE: usize = 64;
+    for (p, row) in row.chunks(PIECE).enumerate() {
+        let mut halves = [f16::ZERO; PIECE];
+        match ty {
+            KvType::F32 => row.iter().enumerate().for_each(|(i, x)| place(&x.to_le_bytes(), p * PIECE + i)),
+            KvType::F16 => {
+                let halves = &mut halves[..row.len()];
+                halves.convert_from_f32_slice(row);
+                halves.iter().enumerate().for_each(|(i, x)| place(&x.to_le_bytes(), p * PIECE + i));
+            }
+            KvType::Bf16 => {
+                let bits = |x: f32| bf16::from_f32(x).to_le_bytes();
+                row.iter().enumerate().for_each(|(i, &x)| place(&bits(x), p * PIECE + i));
+            }
+        }
     }
 }
 
@@ -154,15 +167,12 @@ pub fn write(ty: KvType, shape: KvShape, page: &mut [u8], slot: usize, k: &[f32]
     let heads = page.chunks_exact_mut(layout.head() * ty.bytes());
     for ((run, k), v) in heads.zip(k.chunks_exact(layout.head_dim)).zip(v.chunks_exact(layout.head_dim)) {
         let (keys, values) = run.split_at_mut(layout.keys() * ty.bytes());
-        for (i, &x) in k.iter().enumerate() {
-            put(ty, keys, layout.key(slot, i), x);
-        }
-        for (i, &x) in v.iter().enumerate() {
-            put(ty, values, layout.value(slot, i), x);
-        }
+        let bytes = ty.bytes();
+        encode(ty, k, |x, i| keys[layout.key(slot, i) * bytes..][..bytes].copy_from_slice(x));
+        encode(ty, v, |x, i| values[layout.value(slot, i) * bytes..][..bytes].copy_from_slice(x));
         if layout.d2 > layout.head_dim {
             // The fast kernels multiply this padding with zero, which is only harmless for finite numbers.
-            put(ty, keys, layout.key(slot, layout.head_dim), 0.0);
+            keys[layout.key(slot, layout.head_dim) * bytes..][..bytes].fill(0);
         }
     }
 }

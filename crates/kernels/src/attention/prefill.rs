@@ -5,6 +5,8 @@
 //! in the second-level cache. Blocks of keys start at multiples of [`KEYS`], and a block that a row does not see
 //! leaves the row's bits as they are: a row's result does not depend on the rows computed with it.
 
+use std::ops::Range;
+
 use super::backend::{Backend, LOWEST, Rows, SoftmaxRow, State};
 use super::page::{KvType, Layout};
 use super::shared::SharedMut;
@@ -14,8 +16,12 @@ use crate::pool::Pool;
 /// Keys of a block, rounded down to whole pages (at least one).
 const KEYS: usize = 256;
 
-/// Rows (query heads of a group times queries) of a piece of work, at most, unless the group is larger.
-const ROWS: usize = 256;
+/// Rows (query heads of a group times queries) of a piece of work, at most, unless the group is larger: each key and
+/// value that comes from memory serves so many rows. Fewer where the threads would run out of pieces.
+const ROWS: usize = 512;
+
+/// Pieces of work for each thread that make waiting for the last one short.
+const PIECES: usize = 4;
 
 /// Everything that all pieces of one call share.
 struct Call<'a, B: Backend> {
@@ -82,7 +88,8 @@ pub(super) fn run<B: Backend>(
     let (layout, group) = (cache.layout(spec), spec.heads / spec.kv_heads);
     let n = q.len() / (spec.heads * spec.head_dim);
     let keys = (KEYS / cache.page_len).max(1) * cache.page_len;
-    let queries = (ROWS / group).clamp(1, n.max(1));
+    let fair = n * spec.heads / (PIECES * pool.threads()).max(1);
+    let queries = (fair.clamp(ROWS / 8, ROWS) / group).clamp(1, n.max(1));
     let rows = (group * queries).next_multiple_of(backend.group());
     let sizes = Sizes::new(backend, &layout, rows, keys);
     let each = sizes.parts[6];
@@ -112,6 +119,12 @@ impl<B: Backend> Call<'_, B> {
     fn visible_blocks(&self, first: usize, count: usize) -> impl Iterator<Item = usize> + use<B> {
         let at = self.start + first;
         self.spec.first_visible(at) / self.keys..(at + count).div_ceil(self.keys)
+    }
+
+    /// The pages of a block of keys, up to the last position.
+    fn pages(&self, block: usize) -> Range<usize> {
+        let end = ((block + 1) * self.keys).min(self.start + self.n);
+        block * self.keys / self.cache.page_len..end.div_ceil(self.cache.page_len)
     }
 }
 
@@ -170,25 +183,37 @@ impl<'a, B: Backend> Piece<'a, B> {
     /// Walks the blocks of keys.
     fn attend(&mut self, blocks: impl Iterator<Item = usize>) {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for block in blocks {
+        let mut blocks = blocks.peekable();
+        while let Some(block) = blocks.next() {
             self.stage(block, &mut keys, &mut values);
+            let mut ahead = self.lines(blocks.peek().copied());
             let size = self.call.backend.group();
             for row in (0..self.states.len()).step_by(size) {
-                self.attend_group(block, row, &keys, &values);
+                self.attend_group(block, row, &keys, &values, &mut ahead);
             }
         }
+    }
+
+    /// The cache lines of a block of keys and values as they lie in the cache.
+    fn lines(&self, block: Option<usize>) -> impl Iterator<Item = *const u8> + use<'a, B> {
+        let (call, h) = (self.call, self.h);
+        let pages = block.map_or(0..0, |block| call.pages(block));
+        let runs = pages.map(move |page| (call.cache.pages[page], call.layout.head() * call.cache.ty.bytes()));
+        runs.flat_map(move |(page, bytes)| {
+            (0..bytes).step_by(64).map(move |i| page.as_ptr().wrapping_add(h * bytes + i))
+        })
     }
 
     /// Operands of the pages of a block: the pages themselves where they have the right form.
     fn stage(&self, block: usize, keys: &mut Vec<*const B::A>, values: &mut Vec<*const B::A>) {
         let Call { cache, layout, backend, .. } = self.call;
         let page_len = cache.page_len;
-        // The last position of the call; later slots may hold anything.
+        // Slots from here on may hold anything.
         let end = self.call.start + self.call.n;
-        (keys.clear(), values.clear());
+        keys.clear();
+        values.clear();
         let first = self.call.spec.first_visible(self.call.start + self.first) / page_len;
-        let pages = block * self.call.keys / page_len..((block + 1) * self.call.keys).min(end).div_ceil(page_len);
-        for (j, page) in pages.enumerate() {
+        for (j, page) in self.call.pages(block).enumerate() {
             if page < first {
                 // Not seen by any row, and perhaps gone: never read, since `attend_group` starts later.
                 keys.push(std::ptr::null());
@@ -230,7 +255,16 @@ impl<'a, B: Backend> Piece<'a, B> {
     }
 
     /// One block of keys for the group of rows from `row` on.
-    fn attend_group(&mut self, block: usize, row: usize, keys: &[*const B::A], values: &[*const B::A]) {
+    ///
+    /// Lines of the next block are fetched `ahead` during the softmax, which leaves the memory idle otherwise.
+    fn attend_group(
+        &mut self,
+        block: usize,
+        row: usize,
+        keys: &[*const B::A],
+        values: &[*const B::A],
+        ahead: &mut impl Iterator<Item = *const u8>,
+    ) {
         let Call { spec, layout, backend, .. } = self.call;
         let base = block * self.call.keys;
         let real = row..self.states.len().min(row + backend.group());
@@ -252,12 +286,15 @@ impl<'a, B: Backend> Piece<'a, B> {
             ..self.rows
         };
         let (keys, values) = (&keys[skip..], &values[skip..]);
-        for (page, &keys) in keys.iter().enumerate().take(columns.div_ceil(layout.page_len)) {
-            let at = page * layout.page_len;
+        for page in 0..columns.div_ceil(layout.page_len) {
+            let (at, keys) = (page * layout.page_len, &keys[page..]);
             // SAFETY: the operands are those of `stage`; the group has room for a block of scores.
             unsafe { backend.scores(layout, &rows, keys, at, (columns - at).min(layout.page_len)) };
         }
+        let lines = layout.head() * self.call.cache.ty.bytes() * self.call.keys / layout.page_len / 64;
+        let each = lines.div_ceil(self.states.len());
         for r in real.clone() {
+            ahead.take(each).for_each(prefetch);
             let (a, b) = visible(r);
             let i = r - row;
             let softmax = SoftmaxRow {
@@ -293,6 +330,17 @@ impl<'a, B: Backend> Piece<'a, B> {
             to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
         }
     }
+}
+
+/// A hint that the cache line at `p` is read soon: into the second-level cache.
+fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch (part of the x86-64 baseline) never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 /// Whether the page type lets a kernel round keys and values to bf16.
