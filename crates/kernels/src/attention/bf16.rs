@@ -21,10 +21,10 @@ pub(super) struct DotBf16 {
     pub amx: bool,
 }
 
-/// Whether bf16 products are faster than f32 products: on CPUs with AMX, `vdpbf16ps` has half the rate of the f32
+/// Whether bf16 products are allowed (the pages are 16 bits wide already) and faster than f32 products: on CPUs with AMX, `vdpbf16ps` has half the rate of the f32
 /// multiply-add (measured on Sapphire Rapids: 65 against 136 GFLOP/s a core), on those without (Zen 4 and 5) twice.
 pub(super) fn pays(isa: Isa, layout: &Layout) -> bool {
-    isa == Isa::Avx512 || amx::fits(layout)
+    layout.ty != KvType::F32 && (isa == Isa::Avx512 || amx::fits(layout))
 }
 
 /// Rows of a tile of the AVX-512 products: 6 x 4 accumulators leave 8 registers for operands.
@@ -127,7 +127,7 @@ impl Backend for DotBf16 {
             }
             // SAFETY: the caller vouches for the room; the types have the same layout.
             KvType::Bf16 => unsafe { std::ptr::copy_nonoverlapping(run.as_ptr(), to.cast(), 2 * rows * width) },
-            KvType::F32 => unreachable!("f32 pages are never rounded: see prefill::may_round"),
+            KvType::F32 => unreachable!("f32 pages are never rounded: see `pays`"),
         }
     }
 }

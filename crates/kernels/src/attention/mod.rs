@@ -177,7 +177,7 @@ fn prefill_with(
             }
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx if prefill::may_round(cache.ty) && bf16::pays(isa, &cache.layout(spec)) => {
+        Isa::Avx512 | Isa::Amx if bf16::pays(isa, &cache.layout(spec)) => {
             let backend = bf16::DotBf16 { amx: isa == Isa::Amx };
             prefill::run(&backend, pool, spec, cache, start, q, out, scratch);
         }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::backend::{Backend, LOWEST, Rows, SoftmaxRow, State};
-use super::page::{KvType, Layout};
+use super::page::Layout;
 use super::shared::SharedMut;
 use super::{Cache, PageBuf, Scratch, Spec};
 use crate::pool::Pool;
@@ -341,9 +341,4 @@ fn prefetch(p: *const u8) {
     };
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
-}
-
-/// Whether the page type lets a kernel round keys and values to bf16.
-pub(super) fn may_round(ty: KvType) -> bool {
-    ty != KvType::F32
 }

@@ -42,6 +42,7 @@ pub(crate) unsafe fn exp2<V: Lanes>(x: V) -> V {
 }
 
 /// As [`exp2`] with relative error 1.1e-4 (degree 3), for results that are rounded to bf16 (4e-3) afterwards.
+#[cfg(any(test, target_arch = "x86_64"))]
 #[inline(always)]
 pub(crate) unsafe fn exp2_coarse<V: Lanes>(x: V) -> V {
     // SAFETY: the caller vouches for the instruction set.
