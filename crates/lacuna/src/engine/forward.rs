@@ -228,7 +228,7 @@ impl Forward<'_> {
                 });
             }
         }
-        self.kv.write(layer, block, self.start, k, v);
+        self.kv.write(pool, layer, block, self.start, k, v);
     }
 }
 

@@ -5,7 +5,10 @@ use crate::{
     error::{Error, Result},
     model::spec::{BlockSpec, Spec},
 };
-use lacuna_kernels::attention::{Cache, KvShape, KvType, PAGE_LEN, PageBuf, page_bytes, write};
+use lacuna_kernels::{
+    Pool,
+    attention::{Cache, KvShape, KvType, PAGE_LEN, PageBuf, page_bytes, write},
+};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where the page of each layer lies in a block, and the blocks that no session uses.
@@ -80,15 +83,27 @@ impl KvCache {
         self.pool.give(self.blocks.drain(keep..));
     }
 
-    /// Stores keys and values (`kv_heads * head_dim` numbers per position) of positions from `start` on.
-    pub fn write(&mut self, layer: usize, block: &BlockSpec, start: usize, k: &[f32], v: &[f32]) {
+    /// Stores keys and values (`kv_heads * head_dim` numbers per position) of positions from `start` on; blocks are
+    /// shared among the threads.
+    pub fn write(&mut self, pool: &Pool, layer: usize, block: &BlockSpec, start: usize, k: &[f32], v: &[f32]) {
         let width = block.kv_heads * block.head_dim;
-        let range = self.page(layer, block);
-        for (i, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
-            let position = start + i;
-            let page = &mut self.blocks[position / PAGE_LEN][range.clone()];
-            write(self.pool.ty, shape(block), page, position % PAGE_LEN, k, v);
+        let (range, ty) = (self.page(layer, block), self.pool.ty);
+        let (n, mut done, mut parts) = (k.len() / width, 0, Vec::new());
+        for buffer in &mut self.blocks[start / PAGE_LEN..] {
+            let slot = (start + done) % PAGE_LEN;
+            let rows = done..n.min(done + PAGE_LEN - slot);
+            done = rows.end;
+            parts.push(Mutex::new((&mut buffer[range.clone()], slot, rows)));
         }
+        // Each part is taken by one chunk, so the lock is never waited for.
+        pool.run(parts.len(), &|_, chunk| {
+            let mut part = parts[chunk].lock().unwrap_or_else(PoisonError::into_inner);
+            let (page, slot, rows) = &mut *part;
+            for (i, row) in rows.clone().enumerate() {
+                let at = row * width..(row + 1) * width;
+                write(ty, shape(block), page, *slot + i, &k[at.clone()], &v[at]);
+            }
+        });
     }
 
     fn page(&self, layer: usize, block: &BlockSpec) -> std::ops::Range<usize> {

@@ -30,7 +30,10 @@ impl Forward<'_> {
                 None => self.gated(layer, act, gated, n),
             },
             Mlp::Plain { up, down } => self.plain(layer, act, up, down, n),
-            Mlp::Experts { router, experts } => self.experts(block, router, experts, act, n),
+            Mlp::Experts { router, experts } => {
+                let router = self.shared.routers[layer].as_ref().unwrap_or(router);
+                self.experts(block, router, experts, act, n);
+            }
         }
     }
 

@@ -33,7 +33,7 @@ use crate::{
 use kv::BlockPool;
 use lacuna_core::weight::Orientation;
 use lacuna_kernels::Pool;
-use shared::Shared;
+use shared::{Shared, routers};
 use std::sync::Arc;
 
 /// How an engine runs.
@@ -76,7 +76,8 @@ impl Engine {
         }
         let blocks = Arc::new(BlockPool::new(&model.spec, options.kv)?);
         let (kv, prefill_chunk, plan) = (options.kv, options.prefill_chunk, options.plan);
-        Ok(Self { shared: Arc::new(Shared { model, pool: Pool::new(threads), kv, blocks, prefill_chunk, plan }) })
+        let (pool, routers) = (Pool::new(threads), routers(&model));
+        Ok(Self { shared: Arc::new(Shared { model, pool, kv, blocks, prefill_chunk, plan, routers }) })
     }
 
     /// The same model and threads with another plan, or none.

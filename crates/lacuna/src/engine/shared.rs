@@ -4,8 +4,9 @@ use super::{
     compiled::{CompiledPlan, NeuronRule},
     kv::BlockPool,
 };
-use crate::model::weights::Model;
-use lacuna_kernels::{Pool, attention::KvType};
+use crate::model::weights::{Linear, Mlp, Model};
+use lacuna_core::weight::{Orientation, Weight};
+use lacuna_kernels::{Format, Pool, attention::KvType, convert::decode_run};
 use std::sync::Arc;
 
 pub(super) struct Shared {
@@ -15,6 +16,8 @@ pub(super) struct Shared {
     pub blocks: Arc<BlockPool>,
     pub prefill_chunk: usize,
     pub plan: Option<Arc<CompiledPlan>>,
+    /// Per layer, the router in f32.
+    pub routers: Vec<Option<Linear>>,
 }
 
 impl Shared {
@@ -22,4 +25,26 @@ impl Shared {
     pub fn neuron_rule(&self, layer: usize) -> Option<&NeuronRule> {
         self.plan.as_ref()?.layers.get(layer)?.neurons.as_ref()
     }
+}
+
+/// The routers of a mixture in f32: they are small, and a rounded score can send a token to another expert.
+pub(super) fn routers(model: &Model) -> Vec<Option<Linear>> {
+    let of = |mlp: &Mlp| match mlp {
+        Mlp::Experts { router, .. } => Some(Linear { weight: widened(&router.weight), bias: router.bias.clone() }),
+        _ => None,
+    };
+    model.blocks.iter().map(|b| of(&b.mlp)).collect()
+}
+
+fn widened(w: &Weight) -> Weight {
+    let (m, mut bytes) = (w.matrix(), Vec::new());
+    let mut row = vec![0.0; m.cols()];
+    for r in 0..m.rows() {
+        decode_run(m.format(), m.row(r), &mut row);
+        bytes.extend(row.iter().flat_map(|v| v.to_le_bytes()));
+    }
+    let (outputs, inputs) = (w.outputs(), w.inputs());
+    // Runs keep their axis, so both orientations stay what they are.
+    let orientation: Orientation = w.orientation();
+    Weight::new(Format::F32, orientation, outputs, inputs, bytes.into()).expect("four bytes for every number")
 }

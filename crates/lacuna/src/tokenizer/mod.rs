@@ -6,6 +6,7 @@
 
 mod gguf;
 mod json;
+mod metadata;
 mod pieces;
 mod pre;
 mod spm;

@@ -1,0 +1,167 @@
+//! Small random models, made in memory.
+
+use lacuna::model::{
+    spec::{Act, BlockSpec, MlpSpec, NormKind, Position, Rope, RopePairs, Spec},
+    weights::{Block, Gated, Linear, Mlp, Model, Norm},
+};
+use lacuna_core::weight::{Orientation, Weight};
+use lacuna_kernels::{Format, convert::encode_run};
+
+/// What varies between the models.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    pub format: Format,
+    pub mlp: MlpKind,
+    pub act: Act,
+    pub window: Option<usize>,
+    /// Layer norms, biases, learned positions, parallel blocks; otherwise root mean square and rotary.
+    pub classic: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MlpKind {
+    Gated,
+    Plain,
+    Experts,
+}
+
+pub const PLAIN_LLAMA: Kind =
+    Kind { format: Format::F32, mlp: MlpKind::Gated, act: Act::Silu, window: None, classic: false };
+
+pub const WIDTH: usize = 64;
+pub const INNER: usize = 96;
+pub const VOCAB: usize = 77;
+pub const LAYERS: usize = 3;
+pub const CONTEXT: usize = 300;
+
+/// A linear congruential stream (Knuth, MMIX), enough for weights.
+pub struct Stream(u64);
+
+impl Stream {
+    pub fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    }
+
+    pub fn values(&mut self, n: usize, size: f32) -> Vec<f32> {
+        (0..n).map(|_| self.next() * size).collect()
+    }
+}
+
+struct Maker {
+    stream: Stream,
+    kind: Kind,
+}
+
+impl Maker {
+    fn weight(&mut self, outputs: usize, inputs: usize) -> Weight {
+        let f = self.kind.format;
+        let run = f.run_bytes(inputs).expect("whole blocks");
+        let mut bytes = vec![0; run * outputs];
+        for row in bytes.chunks_exact_mut(run) {
+            let values = self.stream.values(inputs, 3.0 / (inputs as f32).sqrt());
+            encode_run(f, &values, row);
+        }
+        Weight::new(f, Orientation::OutputMajor, outputs, inputs, bytes.into()).expect("a fitting length")
+    }
+
+    fn linear(&mut self, outputs: usize, inputs: usize) -> Linear {
+        let bias = self.kind.classic.then(|| self.stream.values(outputs, 0.2));
+        Linear { weight: self.weight(outputs, inputs), bias }
+    }
+
+    fn norm(&mut self) -> Norm {
+        let gain = self.stream.values(WIDTH, 0.4).into_iter().map(|g| g + 1.0).collect();
+        Norm { gain, bias: self.kind.classic.then(|| self.stream.values(WIDTH, 0.1)) }
+    }
+
+    fn gated(&mut self) -> Gated {
+        let (gate, up) = (self.linear(INNER, WIDTH), self.linear(INNER, WIDTH));
+        Gated { gate, up, down: self.linear(WIDTH, INNER) }
+    }
+
+    fn mlp(&mut self) -> Mlp {
+        match self.kind.mlp {
+            MlpKind::Gated => Mlp::Gated(self.gated()),
+            MlpKind::Plain => Mlp::Plain { up: self.linear(INNER, WIDTH), down: self.linear(WIDTH, INNER) },
+            MlpKind::Experts => {
+                Mlp::Experts { router: self.linear(5, WIDTH), experts: (0..5).map(|_| self.gated()).collect() }
+            }
+        }
+    }
+
+    fn block(&mut self) -> Block {
+        Block {
+            attn_norm: self.norm(),
+            q: self.linear(64, WIDTH),
+            k: self.linear(32, WIDTH),
+            v: self.linear(32, WIDTH),
+            o: self.linear(WIDTH, 64),
+            q_norm: None,
+            k_norm: None,
+            attn_post_norm: None,
+            mlp_norm: self.norm(),
+            mlp_post_norm: None,
+            mlp: self.mlp(),
+        }
+    }
+}
+
+/// A model of `kind`; equal kinds and seeds give equal models.
+pub fn model(kind: Kind, seed: u64) -> Model {
+    let mut m = Maker { stream: Stream(seed), kind };
+    let mlp = match kind.mlp {
+        MlpKind::Gated => MlpSpec::Gated { inner: INNER },
+        MlpKind::Plain => MlpSpec::Plain { inner: INNER },
+        MlpKind::Experts => MlpSpec::Experts { experts: 5, active: 2, inner: INNER, normalise: true },
+    };
+    let block = BlockSpec {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        scale: 0.25,
+        window: kind.window,
+        score_cap: None,
+        rope: (!kind.classic).then_some(0),
+        parallel: kind.classic,
+        mlp,
+        act: kind.act,
+    };
+    let freqs = (0..8).map(|i| 10_000f32.powf(-(i as f32) / 8.0)).collect();
+    let spec = Spec {
+        arch: "random".into(),
+        vocab: VOCAB,
+        width: WIDTH,
+        context: CONTEXT,
+        embed_scale: 1.0,
+        position: if kind.classic { Position::Learned { offset: 2 } } else { Position::Rotary },
+        ropes: vec![Rope { dims: 16, pairs: RopePairs::Half, freqs, factor: 1.0 }],
+        norm: if kind.classic { NormKind::Layer } else { NormKind::Rms },
+        norm_eps: 1e-5,
+        logit_cap: None,
+        blocks: vec![block; LAYERS],
+    };
+    let embed = m.weight(VOCAB, WIDTH);
+    Model {
+        positions: kind.classic.then(|| m.weight(CONTEXT + 2, WIDTH)),
+        blocks: (0..LAYERS).map(|_| m.block()).collect(),
+        final_norm: m.norm(),
+        head: Linear { weight: embed.clone(), bias: None },
+        embed,
+        hash: format!("random-{seed}"),
+        spec,
+    }
+}
+
+/// Tokens of the vocabulary.
+pub fn tokens(n: usize, seed: u64) -> Vec<u32> {
+    let mut s = Stream(seed ^ 0x1234_5678);
+    (0..n).map(|_| ((s.next() + 0.5) * VOCAB as f32) as u32 % VOCAB as u32).collect()
+}
+
+/// Largest difference over the range of `b`.
+pub fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let (low, high) = b.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (l.min(*v), h.max(*v)));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / (high - low)
+}

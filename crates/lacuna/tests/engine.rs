@@ -1,0 +1,292 @@
+//! The engine on small random models: ways of running the same tokens agree, and what cannot run is an error.
+
+mod common {
+    pub mod random;
+}
+
+use common::random::{self, CONTEXT, Kind, MlpKind, PLAIN_LLAMA, VOCAB, distance, tokens};
+use lacuna::{
+    engine::{CompiledPlan, Engine, InputRule, KvType, LayerPlan, NeuronRule, Options, Session},
+    error::Error,
+    model::{
+        spec::Act,
+        weights::{Mlp, Model},
+    },
+    reference,
+};
+use lacuna_core::{
+    observer::Observer,
+    plan::Selector,
+    site::{Point, Proj},
+    weight::{Orientation, Weight},
+};
+use lacuna_kernels::Format;
+use std::sync::{Arc, atomic::Ordering};
+
+fn kinds() -> Vec<Kind> {
+    let gated = PLAIN_LLAMA;
+    vec![
+        gated,
+        Kind { format: Format::Bf16, ..gated },
+        Kind { format: Format::Q8_0, act: Act::Relu, ..gated },
+        Kind { window: Some(20), act: Act::GeluTanh, ..gated },
+        Kind { mlp: MlpKind::Plain, act: Act::Gelu, classic: true, ..gated },
+        Kind { mlp: MlpKind::Experts, ..gated },
+        Kind { mlp: MlpKind::Experts, format: Format::Bf16, ..gated },
+    ]
+}
+
+fn engine(model: Model, options: Options) -> Engine {
+    Engine::new(Arc::new(model), options).expect("a valid model and options")
+}
+
+fn exact() -> Options {
+    Options { kv: KvType::F32, threads: 2, ..Options::default() }
+}
+
+fn session(model: Model) -> Session {
+    engine(model, exact()).session(0).expect("the model's own context")
+}
+
+/// Logits of every position: by `score`, and token by token.
+fn both_ways(s: &mut Session, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
+    let mut scored = Vec::new();
+    s.score(ids, &mut |position, logits| {
+        assert_eq!(position * VOCAB, scored.len());
+        scored.extend_from_slice(logits);
+    })
+    .expect("scores");
+    s.truncate(0);
+    let stepped = ids.iter().flat_map(|&id| s.decode(id).expect("decodes").to_vec()).collect();
+    (scored, stepped)
+}
+
+/// Bound of the difference from the reference: the arithmetic of the products (see `lacuna_kernels::gemm`).
+fn bound(format: Format) -> f32 {
+    match format {
+        Format::F32 => 1e-4,
+        Format::Bf16 => 2e-2,
+        _ => 4e-2,
+    }
+}
+
+#[test]
+fn prefill_and_decode_agree_with_the_reference() {
+    for (seed, kind) in kinds().into_iter().enumerate() {
+        let model = random::model(kind, seed as u64);
+        let ids = tokens(140, 1);
+        let want = reference::logits(&model, &ids).expect("logits");
+        let (scored, stepped) = both_ways(&mut session(model), &ids);
+        let (p, d) = (distance(&scored, &want), distance(&stepped, &want));
+        println!("{kind:?}: prefill {p:.1e}, decode {d:.1e}");
+        if kind.mlp == MlpKind::Experts && kind.format != Format::F32 {
+            // Where two experts score nearly the same, rounding may pick the other one: most positions must agree.
+            let far = |rows: &[f32]| rows.chunks(VOCAB).zip(want.chunks(VOCAB)).filter(|(a, b)| distance(a, b) > 5e-2).count();
+            assert!(far(&scored) <= 14 && far(&stepped) <= 14, "{kind:?}: {} {}", far(&scored), far(&stepped));
+            continue;
+        }
+        assert!(p < bound(kind.format) && d < bound(kind.format), "{kind:?}: prefill {p}, decode {d}");
+    }
+}
+
+#[test]
+fn half_precision_pages_stay_close() {
+    let model = random::model(PLAIN_LLAMA, 3);
+    let ids = tokens(200, 2);
+    let want = reference::logits(&model, &ids).expect("logits");
+    for (kv, bound) in [(KvType::F16, 3e-3), (KvType::Bf16, 2e-2)] {
+        let mut s = engine(model.clone(), Options { kv, ..exact() }).session(0).expect("a session");
+        let (scored, stepped) = both_ways(&mut s, &ids);
+        let (p, d) = (distance(&scored, &want), distance(&stepped, &want));
+        println!("{kv:?}: prefill {p:.1e}, decode {d:.1e}");
+        assert!(p < bound && d < bound, "{kv:?}: prefill {p}, decode {d}");
+    }
+}
+
+#[test]
+fn chunks_threads_and_blocks_do_not_change_a_bit() {
+    for kind in kinds() {
+        let ids = tokens(170, 3);
+        let run = |prefill_chunk, threads| {
+            let options = Options { prefill_chunk, threads, ..Options::default() };
+            let mut s = engine(random::model(kind, 9), options).session(0).expect("a session");
+            let mut all = s.prefill(&ids).expect("prefills").to_vec();
+            all.extend_from_slice(s.decode(5).expect("decodes"));
+            s.truncate(0);
+            s.score(&ids, &mut |_, logits| all.extend_from_slice(logits)).expect("scores");
+            all
+        };
+        let whole = run(512, 1);
+        for (chunk, threads) in [(512, 2), (1, 1), (7, 2), (64, 3), (169, 1)] {
+            assert!(run(chunk, threads) == whole, "{kind:?}: chunks of {chunk}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn pages_are_reused_after_truncation() {
+    let e = engine(random::model(PLAIN_LLAMA, 4), exact());
+    let mut s = e.session(0).expect("a session");
+    let (a, b) = (tokens(150, 5), tokens(100, 6));
+    s.prefill(&a).expect("prefills");
+    s.truncate(70);
+    assert_eq!(s.len(), 70);
+    let again = s.prefill(&b).expect("prefills").to_vec();
+    drop(s);
+    let mut fresh = e.session(0).expect("a session");
+    let joined: Vec<u32> = a[..70].iter().chain(&b).copied().collect();
+    assert_eq!(fresh.prefill(&joined).expect("prefills"), again, "old pages must not shine through");
+    fresh.truncate(1000);
+    assert_eq!(fresh.len(), 170);
+}
+
+#[test]
+fn what_cannot_run_is_an_error_before_any_work() {
+    let e = engine(random::model(PLAIN_LLAMA, 5), exact());
+    let mut s = e.session(10).expect("a session");
+    let over = s.prefill(&tokens(11, 1)).map(|_| ());
+    assert!(matches!(over, Err(Error::Context { tokens: 11, context: 10 })), "{over:?}");
+    assert!(s.prefill(&[]).is_err() && s.prefill(&[VOCAB as u32]).is_err() && s.is_empty());
+    s.prefill(&tokens(10, 1)).expect("fits");
+    assert!(matches!(s.decode(1), Err(Error::Context { tokens: 11, context: 10 })));
+    assert_eq!(s.len(), 10);
+    assert!(e.session(CONTEXT + 1).is_err());
+    let model = Arc::new(random::model(PLAIN_LLAMA, 5));
+    for bad in [Options { prefill_chunk: 0, ..exact() }, Options { threads: 5000, ..exact() }] {
+        assert!(matches!(Engine::new(model.clone(), bad), Err(Error::Argument { .. })));
+    }
+}
+
+#[test]
+fn cancelling_ends_the_next_pass_and_can_be_taken_back() {
+    let mut s = session(random::model(PLAIN_LLAMA, 6));
+    let flag = s.cancel_flag();
+    s.prefill(&[1, 2]).expect("prefills");
+    flag.store(true, Ordering::Relaxed);
+    assert!(matches!(s.decode(1), Err(Error::Cancelled)) && matches!(s.prefill(&[1]), Err(Error::Cancelled)));
+    flag.store(false, Ordering::Relaxed);
+    s.decode(1).expect("decodes");
+    assert_eq!(s.len(), 3);
+}
+
+#[test]
+fn numbers_that_are_none_are_errors_that_name_the_position() {
+    let mut model = random::model(PLAIN_LLAMA, 7);
+    model.final_norm.gain[3] = f32::NAN;
+    let mut s = session(model);
+    assert!(matches!(s.prefill(&[1, 2, 3]), Err(Error::BadLogits { position: 2, .. })));
+    assert!(matches!(s.decode(4), Err(Error::BadLogits { position: 3, .. })));
+}
+
+/// Input-major copy of a float weight.
+fn transposed(w: &Weight) -> Weight {
+    let size = w.format().block_bytes();
+    let mut bytes = Vec::with_capacity(w.bytes().len());
+    for i in 0..w.inputs() {
+        for o in 0..w.outputs() {
+            bytes.extend_from_slice(&w.bytes()[(o * w.inputs() + i) * size..][..size]);
+        }
+    }
+    Weight::new(w.format(), Orientation::InputMajor, w.outputs(), w.inputs(), bytes.into()).expect("the same length")
+}
+
+fn plan(model: &Model, selector: Selector, neurons: bool) -> CompiledPlan {
+    let layers = model.blocks.iter().map(|block| {
+        let mut layer = LayerPlan::default();
+        for proj in Proj::ALL {
+            let covered = neurons && matches!(proj, Proj::Gate | Proj::Up | Proj::Down);
+            if let (false, Some(linear)) = (covered, block.linear(proj)) {
+                layer.inputs[proj as usize] = Some(InputRule { selector, weight: transposed(&linear.weight) });
+            }
+        }
+        if let (true, Mlp::Gated(g)) = (neurons, &block.mlp) {
+            layer.neurons = Some(NeuronRule { selector: Selector::NonZero, down: transposed(&g.down.weight) });
+        }
+        layer
+    });
+    CompiledPlan { layers: layers.collect() }
+}
+
+#[test]
+fn a_plan_that_keeps_everything_that_matters_is_dense() {
+    for neurons in [false, true] {
+        let model = random::model(Kind { act: Act::Relu, ..PLAIN_LLAMA }, 8);
+        let compiled = Arc::new(plan(&model, Selector::Magnitude { threshold: 0.0 }, neurons));
+        let e = engine(model, exact());
+        let sparse = e.with_plan(Some(compiled)).expect("a fitting plan");
+        let (mut a, mut b) = (e.session(0).expect("a session"), sparse.session(0).expect("a session"));
+        for id in tokens(60, 7) {
+            let want = a.decode(id).expect("decodes").to_vec();
+            assert!(distance(b.decode(id).expect("decodes"), &want) < 1e-4);
+        }
+        assert_eq!(a.counters().weight_bytes / 60, e.bytes_per_token(0));
+        assert!(b.counters().weight_bytes < a.counters().weight_bytes);
+        assert_eq!(a.counters().kv_bytes, b.counters().kv_bytes);
+        let (kept, q) = (b.counters().neurons().share(), b.counters().input(Proj::Q).share());
+        assert!(q == 1.0 && if neurons { (0.2..0.8).contains(&kept) } else { kept == 1.0 }, "{kept} {q}");
+    }
+}
+
+#[test]
+fn thresholds_skip_and_change_the_result() {
+    let model = random::model(PLAIN_LLAMA, 8);
+    let compiled = Arc::new(plan(&model, Selector::Magnitude { threshold: 0.3 }, false));
+    let e = engine(model, exact()).with_plan(Some(compiled)).expect("a fitting plan");
+    let mut s = e.session(0).expect("a session");
+    s.prefill(&tokens(5, 1)).expect("prefills");
+    assert_eq!(s.counters().steps, 0, "prefill is dense and does not count");
+    let ids = tokens(30, 2);
+    ids.iter().for_each(|&id| assert_eq!(s.decode(id).expect("decodes").len(), VOCAB));
+    let c = s.counters();
+    assert!(c.steps == 30 && c.input(Proj::Q).share() < 0.9 && c.input(Proj::Down).share() < 0.5, "{c:?}");
+    assert!(c.bytes_per_token() < e.bytes_per_token(20) as f64);
+}
+
+#[test]
+fn plans_for_other_models_are_refused() {
+    let e = engine(random::model(PLAIN_LLAMA, 8), exact());
+    let mut short = plan(e.model(), Selector::NonZero, false);
+    short.layers.pop();
+    let mut crossed = plan(e.model(), Selector::NonZero, false);
+    crossed.layers[1].inputs.swap(Proj::Q as usize, Proj::Down as usize);
+    for bad in [short, crossed] {
+        assert!(matches!(e.with_plan(Some(Arc::new(bad))), Err(Error::Argument { name: "plan", .. })));
+    }
+}
+
+/// Collects everything.
+#[derive(Default, PartialEq, Debug)]
+struct All(Vec<(Point, usize, Vec<f32>)>);
+
+impl Observer for All {
+    fn wants(&self, _: Point) -> bool {
+        true
+    }
+
+    fn observe(&mut self, point: Point, width: usize, values: &[f32]) {
+        self.0.push((point, width, values.to_vec()));
+    }
+}
+
+#[test]
+fn observers_see_the_points_of_the_reference() {
+    for kind in kinds().into_iter().filter(|k| k.format == Format::F32) {
+        let model = random::model(kind, 11);
+        let ids = tokens(12, 4);
+        let mut want = All::default();
+        reference::observed_logits(&model, &ids, &mut want).expect("logits");
+        let mut s = session(model);
+        let mut found = All::default();
+        s.observe(&ids, &mut found).expect("observes");
+        s.truncate(11);
+        let mut step = All::default();
+        s.decode_observed(ids[11], &mut step).expect("decodes");
+        let order = |all: &All| all.0.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>();
+        assert_eq!(order(&found), order(&want), "{kind:?}");
+        assert_eq!(order(&step), order(&want), "{kind:?}");
+        for ((f, s), w) in found.0.iter().zip(&step.0).zip(&want.0) {
+            assert!(distance(&f.2, &w.2) < 1e-4, "{kind:?} {}", w.0);
+            assert!(distance(&s.2, &w.2[11 * w.1..]) < 1e-4, "{kind:?} {}", w.0);
+        }
+    }
+}
