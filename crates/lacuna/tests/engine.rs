@@ -81,7 +81,9 @@ fn prefill_and_decode_agree_with_the_reference() {
         println!("{kind:?}: prefill {p:.1e}, decode {d:.1e}");
         if kind.mlp == MlpKind::Experts && kind.format != Format::F32 {
             // Where two experts score nearly the same, rounding may pick the other one: most positions must agree.
-            let far = |rows: &[f32]| rows.chunks(VOCAB).zip(want.chunks(VOCAB)).filter(|(a, b)| distance(a, b) > 5e-2).count();
+            let far = |rows: &[f32]| {
+                rows.chunks(VOCAB).zip(want.chunks(VOCAB)).filter(|(a, b)| distance(a, b) > 5e-2).count()
+            };
             assert!(far(&scored) <= 14 && far(&stepped) <= 14, "{kind:?}: {} {}", far(&scored), far(&stepped));
             continue;
         }

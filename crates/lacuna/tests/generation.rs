@@ -57,10 +57,14 @@ fn greedy_text_of_stories260k_is_that_of_its_readme() {
     const WANT: &str = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a \
         big, red ball. She wanted to play with it, but it was too high. Lily's mom said, \"Lily, let's go to the park.\" \
         Lily was sad and didn't know what to do.";
-    for (part, exact) in
-        [("hf-f32", true), ("gguf/stories260K-f32.gguf", true), ("hf-bf16", true), ("gguf/stories260K-f16.gguf", true),
-        ("gguf/stories260K-q8_0.gguf", false), ("gguf/stories260K-q4_0.gguf", false)]
-    {
+    for (part, exact) in [
+        ("hf-f32", true),
+        ("gguf/stories260K-f32.gguf", true),
+        ("hf-bf16", true),
+        ("gguf/stories260K-f16.gguf", true),
+        ("gguf/stories260K-q8_0.gguf", false),
+        ("gguf/stories260K-q4_0.gguf", false),
+    ] {
         let Some(path) = shared(&format!("models/stories260K/{part}")) else { return };
         let m = open(&path, Options::default());
         let (out, text) = run(&m, SamplerOptions::greedy(), &limits(120));
@@ -76,8 +80,14 @@ fn greedy_text_of_the_distilled_models_is_that_of_their_readme() {
     let begin = ", there was a little girl named Lily. She loved to play outside in the sun. One day, she saw a big, scary \
         dog. The dog was barking and jumping around. Lily was scared and ";
     for (name, end) in [
-        ("lacuna-stories", "didn't know what to do. Lily's mom saw her and said, \"Don't worry, we can get you a new dog."),
-        ("lacuna-stories-relu", "ran away. Lily ran to her mom and said, \"Mommy, I'm scared. I don't want to go home.\""),
+        (
+            "lacuna-stories",
+            "didn't know what to do. Lily's mom saw her and said, \"Don't worry, we can get you a new dog.",
+        ),
+        (
+            "lacuna-stories-relu",
+            "ran away. Lily ran to her mom and said, \"Mommy, I'm scared. I don't want to go home.\"",
+        ),
     ] {
         let Some(path) = shared(&format!("models/{name}")) else { return };
         let m = open(&path, Options { kv: KvType::F32, ..Options::default() });

@@ -1,12 +1,14 @@
 //! Every architecture against `transformers`: the fixtures of `tools/make_fixtures.py` hold tiny models with the logits
 //! that the library computes. `cargo test --release -p lacuna --test parity -- --nocapture` prints the table.
 
+use lacuna::engine::{Engine, KvType, Options};
 use lacuna::model::{LoadOptions, Model, load};
 use lacuna::reference;
 use lacuna_core::format::safetensors::Tensors;
 use lacuna_core::map::{LoadMode, open};
 use lacuna_kernels::convert::decode_run;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Largest difference from `transformers`, relative to the range of the logits. All weights of the fixtures (f32, f16,
 /// bf16) are exact in both programs, and both compute in f32.
@@ -65,4 +67,42 @@ fn reference_agrees_with_transformers() {
         assert!(d <= BOUND, "{}: {d}", name(&dir));
         assert!(g.is_none_or(|g| g <= BOUND), "{} (gguf): {g:?}", name(&dir));
     }
+}
+
+/// Largest difference of the engine's prefill from `transformers`: its products round activations to bf16, or to int8 per
+/// 32, where the weights are not f32 or f16 (`lacuna_kernels::gemm`). Decode computes with f32 activations.
+fn prefill_bound(format: &str) -> f32 {
+    if matches!(format, "F32" | "F16") { BOUND } else { 3e-2 }
+}
+
+/// Distances of prefill and of step-by-step decode.
+fn engine_distances(model: Model, expected: &Expected) -> (f32, f32) {
+    let options = Options { threads: 2, kv: KvType::F32, prefill_chunk: 7, ..Options::default() };
+    let engine = Engine::new(Arc::new(model), options).unwrap();
+    let mut session = engine.session(0).unwrap();
+    let mut scored = Vec::new();
+    session.score(&expected.tokens, &mut |_, logits| scored.extend_from_slice(logits)).unwrap();
+    session.truncate(0);
+    let stepped: Vec<f32> = expected.tokens.iter().flat_map(|&t| session.decode(t).unwrap().to_vec()).collect();
+    (distance(&scored, &expected.logits), distance(&stepped, &expected.logits))
+}
+
+#[test]
+fn engine_agrees_with_transformers() {
+    println!("| fixture | format | file | prefill | decode |\n|---|---|---|---:|---:|");
+    let mut worst = Vec::new();
+    for dir in fixtures() {
+        let expected = expected(&dir);
+        for file in [dir.clone(), dir.join("model.gguf")].into_iter().filter(|f| f.exists()) {
+            let model = load(&file, &LoadOptions::default()).unwrap();
+            let format = model.blocks[0].q.weight.format().name();
+            let (prefill, decode) = engine_distances(model, &expected);
+            let kind = if file.is_dir() { "safetensors" } else { "gguf" };
+            println!("| {} | {format} | {kind} | {prefill:.1e} | {decode:.1e} |", name(&dir));
+            if prefill > prefill_bound(format) || decode > BOUND {
+                worst.push(format!("{} {kind} {format}: prefill {prefill:.1e}, decode {decode:.1e}", name(&dir)));
+            }
+        }
+    }
+    assert!(worst.is_empty(), "{worst:#?}");
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{shared, stories};
-use lacuna::tokenizer::Tokenizer;
+use lacuna::tokenizer::{GgufVocab, Tokenizer};
 
 const HARD: [&str; 6] =
     ["", "a\tb  c", "caf\u{e9} \u{4f60}\u{597d}", "\u{201c}quoted\u{201d} \u{1F600}!", " leading", "trailing \n\n"];
@@ -68,8 +68,54 @@ fn damaged_files_are_errors_that_name_the_file() {
     let dir = tempfile::tempdir().expect("a folder");
     let open = || Tokenizer::open(dir.path()).map(|_| ()).expect_err("no tokenizer").to_string();
     assert!(open().contains("tokenizer.json"));
-    for bad in ["", "{", "[]", "{\"version\": \"1.0\"}", "{\"model\": {\"type\": \"BPE\", \"vocab\": {}, \"merges\": [\"a b\"]}}"] {
+    for bad in [
+        "",
+        "{",
+        "[]",
+        "{\"version\": \"1.0\"}",
+        "{\"model\": {\"type\": \"BPE\", \"vocab\": {}, \"merges\": [\"a b\"]}}",
+    ] {
         std::fs::write(dir.path().join("tokenizer.json"), bad).expect("a file");
         assert!(open().contains("tokenizer.json"), "{bad}");
+    }
+}
+
+/// The vocabulary of a byte-level `tokenizer.json` as a GGUF file would store it.
+fn as_gguf(json: &serde_json::Value) -> GgufVocab {
+    let vocab = json["model"]["vocab"].as_object().expect("a vocabulary");
+    let mut tokens = vec![String::new(); vocab.len()];
+    vocab.iter().for_each(|(piece, id)| tokens[id.as_u64().expect("an id") as usize] = piece.clone());
+    let merge = |m: &serde_json::Value| match m {
+        serde_json::Value::Array(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        text => text.as_str().expect("a merge").to_owned(),
+    };
+    let mut types = vec![1; tokens.len()];
+    types[0] = 3;
+    GgufVocab {
+        model: "gpt2".into(),
+        pre: Some("gpt-2".into()),
+        types,
+        merges: json["model"]["merges"].as_array().expect("merges").iter().map(merge).collect(),
+        bos: Some(0),
+        eos: Some(0),
+        add_bos: Some(true),
+        tokens,
+        ..GgufVocab::default()
+    }
+}
+
+#[test]
+fn byte_level_bpe_from_gguf_entries_gives_the_ids_of_tokenizer_json() {
+    let Some(dir) = shared("models/lacuna-stories") else { return };
+    let hf = Tokenizer::open(&dir).expect("a valid directory");
+    let text = std::fs::read_to_string(dir.join("tokenizer.json")).expect("readable text");
+    let vocab = as_gguf(&serde_json::from_str(&text).expect("valid JSON"));
+    let gguf = Tokenizer::from_gguf(&vocab, "x.gguf").expect("a valid vocabulary");
+    let stories = stories(300);
+    let marked = "a story<|endoftext|>another";
+    for text in HARD.into_iter().chain([marked]).chain(stories.iter().map(String::as_str)) {
+        let ids = hf.encode(text, true).expect("encodes");
+        assert_eq!(gguf.encode(text, true).expect("encodes"), ids, "{text:?}");
+        assert_eq!(gguf.decode(&ids), hf.decode(&ids));
     }
 }

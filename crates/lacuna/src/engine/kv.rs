@@ -125,3 +125,76 @@ impl Drop for KvCache {
         self.truncate(0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::spec::{Act, MlpSpec, NormKind, Position};
+
+    fn spec() -> Spec {
+        let block = BlockSpec {
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 8,
+            scale: 1.0,
+            window: None,
+            score_cap: None,
+            rope: None,
+            parallel: false,
+            mlp: MlpSpec::Plain { inner: 8 },
+            act: Act::Relu,
+        };
+        Spec {
+            arch: "test".into(),
+            vocab: 4,
+            width: 16,
+            context: 1000,
+            embed_scale: 1.0,
+            position: Position::Rotary,
+            ropes: Vec::new(),
+            norm: NormKind::Rms,
+            norm_eps: 1e-5,
+            logit_cap: None,
+            blocks: vec![block.clone(), BlockSpec { kv_heads: 2, ..block }],
+        }
+    }
+
+    #[test]
+    fn blocks_are_made_as_needed_and_come_back() {
+        let pool = Arc::new(BlockPool::new(&spec(), KvType::F16).expect("a valid shape"));
+        let mut kv = KvCache::new(pool.clone());
+        kv.grow(1);
+        assert_eq!(kv.blocks.len(), 1);
+        kv.grow(PAGE_LEN + 1);
+        kv.truncate(PAGE_LEN);
+        assert_eq!((kv.blocks.len(), pool.free()), (1, 1));
+        kv.grow(3 * PAGE_LEN);
+        assert_eq!((kv.blocks.len(), pool.free()), (3, 0), "the free one is used first");
+        drop(kv);
+        assert_eq!(pool.free(), 3);
+        assert_eq!(kv_bytes(&spec(), KvType::F16, PAGE_LEN + 1), Some(2 * pool.offsets[2]));
+    }
+
+    #[test]
+    fn rows_land_in_their_slots_across_blocks() {
+        let (spec, threads) = (spec(), Pool::new(2));
+        let block = &spec.blocks[1];
+        let write_all = |chunks: &[usize]| {
+            let pool = Arc::new(BlockPool::new(&spec, KvType::F32).expect("a valid shape"));
+            let mut kv = KvCache::new(pool);
+            let mut at = 0;
+            for &n in chunks {
+                kv.grow(at + n);
+                let rows: Vec<f32> = (at * 16..(at + n) * 16).map(|v| v as f32).collect();
+                kv.write(&threads, 1, block, at, &rows, &rows);
+                at += n;
+            }
+            kv.read(1, block, |cache| cache.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
+        };
+        let whole = write_all(&[150]);
+        assert_eq!(whole.len(), 3);
+        for chunks in [&[1; 150][..], &[60, 10, 80], &[64, 64, 22], &[149, 1]] {
+            assert!(write_all(chunks) == whole, "{chunks:?}");
+        }
+    }
+}
