@@ -35,22 +35,24 @@ impl Arithmetic {
         }
     }
 
-    /// Inputs per panel of weights. Sums are continued from panel to panel, so this does not change the order of
-    /// summation. A multiple of the longest block of a format (256).
-    pub(crate) const fn panel_k(self) -> usize {
+    /// Inputs per panel of weights: a multiple of the longest block of a format (256). Sums are continued from panel to
+    /// panel, so this does not change the order of summation.
+    pub(crate) fn panel_k(self, isa: Isa) -> usize {
         match self {
+            Self::Bf16 if isa != Isa::Amx => 256,
             Self::F32 => 256,
-            Self::Bf16 => 512,
-            Self::Int8 => 512,
+            Self::Bf16 | Self::Int8 => 512,
         }
     }
 
-    /// Outputs per chunk. Input-major weights are cut at block borders along the outputs.
-    pub(crate) const fn panel_n(self, orientation: Orientation, format: Format) -> usize {
-        match (orientation, self) {
-            (Orientation::InputMajor, _) if format.block_len() == 256 => 256,
-            (_, Self::F32 | Self::Int8) => 64,
-            (_, Self::Bf16) => 128,
+    /// Outputs per chunk: the more, the fewer times the activations come from the shared cache, which tiles outrun
+    /// first. Input-major weights are cut at block borders along the outputs.
+    pub(crate) fn panel_n(self, isa: Isa, orientation: Orientation, format: Format) -> usize {
+        match self {
+            _ if orientation == Orientation::InputMajor && format.block_len() == 256 => 256,
+            Self::F32 | Self::Int8 => 64,
+            Self::Bf16 if isa == Isa::Amx => 256,
+            Self::Bf16 => 128,
         }
     }
 }

@@ -74,7 +74,7 @@ impl<'a> Plan<'a> {
         assert!(job.x.rows() == 0 || job.x.is_for(arithmetic), "the input was not prepared for {:?}", job.w.format());
         assert_eq!(job.x.cols(), k, "inputs per output");
         assert_eq!(job.y.len(), job.x.rows() * n, "the result has {} rows of {n}", job.x.rows());
-        let panel_n = arithmetic.panel_n(orientation, job.w.format());
+        let panel_n = arithmetic.panel_n(isa, orientation, job.w.format());
         let y = Shared::new(job.y);
         Self { isa, w: job.w, orientation, arithmetic, x: job.x, y, accumulate: job.accumulate, n, panel_n }
     }
@@ -98,8 +98,9 @@ impl<'a> Plan<'a> {
         if k == 0 {
             sums.fill(0.0);
         }
-        for k0 in (0..k).step_by(self.arithmetic.panel_k()) {
-            let inputs = k0..(k0 + self.arithmetic.panel_k()).min(k);
+        let panel_k = self.arithmetic.panel_k(self.isa);
+        for k0 in (0..k).step_by(panel_k) {
+            let inputs = k0..(k0 + panel_k).min(k);
             scratch.panel.fill(self.isa, self.arithmetic, &self.w, self.orientation, outputs.clone(), inputs.clone());
             self.multiply(&scratch.panel, &inputs, &blocks, tiles_n, sums);
         }

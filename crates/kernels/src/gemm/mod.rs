@@ -22,6 +22,10 @@
 //! One output is summed over `k` in an order fixed by the arithmetic alone. A row of the result therefore has the
 //! same bits whatever the other rows, the number of rows, threads or chunks (batch invariance).
 //!
+//! # Few rows
+//! Rows are computed 16 at a time and every panel is decoded for each call, so below about 6 rows as many matrix-vector
+//! products are faster; one row never pays here.
+//!
 //! # Memory layout
 //! * activations: blocks of 16 rows, inside a block `[k / q][16 rows][q]` with `q` numbers in 4 bytes (1 f32, 2
 //!   bf16, 4 int8): one vector register holds the same `q` inputs of 16 rows;

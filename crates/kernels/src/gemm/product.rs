@@ -26,6 +26,7 @@ pub(crate) struct Product<'a, T, X> {
 
 /// The scales of an int8 product: `w = scale * (code - zero_point) + offset`, `x = scale * code`.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "int8 arithmetic is chosen on x86-64 only"))]
 pub(crate) struct Scales<'a> {
     /// Weight scales, `[tiles_n][tiles_k * groups][16 outputs]`.
     pub(crate) w: &'a [f32],
@@ -57,6 +58,7 @@ impl<T, X> Product<'_, T, X> {
     }
 
     /// Checks the lengths of the scales of this product.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "int8 arithmetic is chosen on x86-64 only"))]
     pub(crate) fn check_scales(&self, scales: &Scales<'_>) {
         let w = self.tiles_n * self.tiles_k * scales.groups * TILE_N;
         assert!(matches!(scales.groups, 1 | 2) && scales.w.len() >= w, "weight scales too short");
