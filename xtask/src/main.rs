@@ -3,6 +3,7 @@
 
 mod synth;
 
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -10,10 +11,27 @@ use clap::Parser;
 enum Task {
     /// Write a GGUF model with seeded random weights, for speed work without downloads.
     Synth(synth::Args),
+    /// Check the rules of the house; they are listed in ARCHITECTURE.md.
+    Tidy,
+    /// Write the pages that are generated from the registry.
+    Docs,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> Result<()> {
     match Task::parse() {
         Task::Synth(args) => synth::run(&args),
+        Task::Tidy => tidy(),
+        Task::Docs => xtask::docs::write(&xtask::root()).context("writing the generated pages"),
     }
+}
+
+fn tidy() -> Result<()> {
+    let problems = xtask::tidy::check(&xtask::root()).context("reading the sources")?;
+    for p in &problems {
+        println!("{p}");
+    }
+    if problems.is_empty() {
+        return Ok(());
+    }
+    bail!("{} problems", problems.len())
 }

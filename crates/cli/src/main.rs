@@ -1,2 +1,134 @@
-//! The `lacuna` command.
-fn main() {}
+//! The `lacuna` command. One file per verb in [`verbs`]; this file reads the command line, sets the log up and turns
+//! results into exit codes: 0 good, 1 the result is negative, 2 an error (one chain of causes on stderr).
+#![forbid(unsafe_code)]
+
+mod table;
+mod text;
+mod verbs;
+
+use anyhow::{Result, anyhow};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::{env, ffi::OsString, io, process::ExitCode};
+use tracing_subscriber::EnvFilter;
+
+/// Run neural networks through their sparsity.
+#[derive(Parser)]
+#[command(name = "lacuna", version, max_term_width = 110)]
+struct Cli {
+    /// Say more on stderr; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Show what this machine offers: instruction sets, bandwidth, memory, disk.
+    Doctor(verbs::doctor::Args),
+    /// List the sparse methods, or describe one.
+    Methods(verbs::methods::Args),
+    /// Fetch a model from the hub into the shared cache.
+    #[cfg(feature = "pull")]
+    Pull(verbs::pull::Args),
+}
+
+/// How a verb ended, beyond errors.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Outcome {
+    /// Exit code 0.
+    Good,
+    /// Exit code 1: it worked, and the answer is no.
+    Negative,
+}
+
+fn main() -> ExitCode {
+    let matches = Cli::command().get_matches_from(long_names(env::args_os()));
+    let result = Cli::from_arg_matches(&matches).map_err(anyhow::Error::from).and_then(run);
+    match result {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::Negative) => ExitCode::from(1),
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", chain(&e));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Outcome> {
+    log(cli.verbose)?;
+    lacuna_kernels::isa::detect().map_err(|e| anyhow!(e))?;
+    match cli.verb {
+        Verb::Doctor(a) => verbs::doctor::run(a),
+        Verb::Methods(a) => verbs::methods::run(a),
+        #[cfg(feature = "pull")]
+        Verb::Pull(a) => verbs::pull::run(a),
+    }
+}
+
+/// `LACUNA_LOG` (a filter such as `lacuna=debug`) wins over `-v`.
+fn log(verbose: u8) -> Result<()> {
+    let level = ["warn", "info", "trace"][usize::from(verbose.min(2))];
+    let filter = match env::var("LACUNA_LOG") {
+        Ok(text) if !text.is_empty() => EnvFilter::try_new(&text).map_err(|e| anyhow!("LACUNA_LOG={text:?}: {e}"))?,
+        _ => EnvFilter::new(level),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().with_target(false).init();
+    Ok(())
+}
+
+/// llama.cpp's flags of several letters behind one dash, which clap would read as clusters of short ones.
+fn long_names(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut literal = false;
+    args.map(|arg| {
+        literal |= arg == "--";
+        match arg.to_str() {
+            Some("-ctk") if !literal => "--cache-type-k".into(),
+            Some("-ctv") if !literal => "--cache-type-v".into(),
+            _ => arg,
+        }
+    })
+    .collect()
+}
+
+/// The causes from the outermost to the innermost in one line; a cause that the one before already tells is left out.
+fn chain(e: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in e.chain() {
+        let text = cause.to_string();
+        if !parts.last().is_some_and(|last| last.contains(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().filter_map(|c| c.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_of_llama_cpp_with_several_letters() {
+        let words = ["lacuna", "run", "-ctk", "f16", "--", "-ctv"].map(OsString::from);
+        let got = long_names(words.into_iter());
+        assert_eq!(got[2], "--cache-type-k");
+        assert_eq!(got[5], "-ctv");
+    }
+
+    #[test]
+    fn chains_do_not_repeat_themselves() {
+        let inner = io::Error::other("no such thing");
+        let e = anyhow::Error::new(inner).context("file.gguf: no such thing").context("loading");
+        assert_eq!(chain(&e), "loading: file.gguf: no such thing");
+    }
+}

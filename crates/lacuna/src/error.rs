@@ -144,6 +144,9 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("stopped on request")]
     Cancelled,
+    /// A model was not found in the hub cache, or could not be fetched.
+    #[error(transparent)]
+    Hub(#[from] crate::hub::HubError),
     /// An argument of a library call has no meaning.
     #[error("`{name}`: {problem}")]
     Argument {

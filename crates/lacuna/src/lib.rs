@@ -7,6 +7,7 @@ pub mod chat;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod hub;
 pub mod model;
 pub mod reference;
 pub mod tokenizer;

@@ -1,0 +1,77 @@
+//! Pages generated from the registry; `cargo xtask docs` writes them and the tidy test compares them.
+
+use lacuna_core::{method::Method, weight::Orientation};
+use lacuna_methods::registry::METHODS;
+use std::{fs, io, path::Path};
+
+/// Path and text of every generated page.
+pub fn pages() -> Vec<(&'static str, String)> {
+    vec![("docs/methods.md", methods())]
+}
+
+/// Writes all pages below `root`.
+///
+/// # Errors
+/// If a page cannot be written.
+pub fn write(root: &Path) -> io::Result<()> {
+    for (path, text) in pages() {
+        let path = root.join(path);
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        fs::write(path, text)?;
+    }
+    Ok(())
+}
+
+fn methods() -> String {
+    let mut out = String::from(
+        "# Methods\n\nGenerated from the registry by `cargo xtask docs`; do not edit. \
+         `lacuna methods NAME` prints the same.\n\n| name | site | what it does |\n|---|---|---|\n",
+    );
+    for m in METHODS {
+        let site = format!("{:?}", m.site()).to_lowercase();
+        out += &format!("| [`{0}`](#{0}) | {site} | {1} |\n", m.name(), m.summary());
+    }
+    for m in METHODS {
+        out += &section(*m);
+    }
+    out
+}
+
+fn section(m: &dyn Method) -> String {
+    let paper = m.citation();
+    let link = paper.arxiv.map_or(String::new(), |id| format!(" ([arXiv:{id}](https://arxiv.org/abs/{id}))"));
+    let layouts: Vec<_> = m
+        .layouts()
+        .iter()
+        .map(|o| match o {
+            Orientation::OutputMajor => "output-major",
+            Orientation::InputMajor => "input-major",
+        })
+        .collect();
+    let mut out = format!(
+        "\n## {}\n\n{}. {}\n\n* Source: {}{link}\n* Weight layouts: {}\n* Use: `--sparse {}`\n",
+        m.name(),
+        m.title(),
+        m.summary(),
+        paper.paper,
+        layouts.join(", "),
+        usage(m),
+    );
+    if !m.params().is_empty() {
+        out += "\n| parameter | default | range | meaning |\n|---|---|---|---|\n";
+        for p in m.params() {
+            out += &format!("| `{}` | {} | {} | {} |\n", p.name, p.default, p.range_text(), p.doc);
+        }
+    }
+    out
+}
+
+/// The short form with the default of the first parameter.
+fn usage(m: &dyn Method) -> String {
+    match m.params().first() {
+        Some(p) => format!("{}={}", m.name(), p.default),
+        None => m.name().to_owned(),
+    }
+}
