@@ -2,6 +2,9 @@
 //! results into exit codes: 0 good, 1 the result is negative, 2 an error (one chain of causes on stderr).
 #![forbid(unsafe_code)]
 
+mod args;
+mod open;
+mod sparse;
 mod table;
 mod text;
 mod verbs;
@@ -12,6 +15,8 @@ use std::{env, ffi::OsString, io, process::ExitCode};
 use tracing_subscriber::EnvFilter;
 
 /// Run neural networks through their sparsity.
+///
+/// Without a verb: the demo, which tells a story with the embedded model dense and sparse and compares the two.
 #[derive(Parser)]
 #[command(name = "lacuna", version, max_term_width = 110)]
 struct Cli {
@@ -19,11 +24,23 @@ struct Cli {
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
     #[command(subcommand)]
-    verb: Verb,
+    verb: Option<Verb>,
 }
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Continue a prompt; the text goes to stdout, the timings to stderr.
+    Run(verbs::run::Args),
+    /// Talk with a model through its own chat template.
+    Chat(verbs::chat::Args),
+    /// Measure prompt processing (pp), generation (tg) and their depth, in llama-bench's form.
+    Bench(verbs::bench::Args),
+    /// Measure quality on a text: perplexity, or the divergence from a dense base.
+    Eval(verbs::eval::Args),
+    /// Observe a calibration text and store the plan of a sparse method.
+    Calibrate(verbs::calibrate::Args),
+    /// Show what is in a model file, and the memory it will take.
+    Inspect(verbs::inspect::Args),
     /// Show what this machine offers: instruction sets, bandwidth, memory, disk.
     Doctor(verbs::doctor::Args),
     /// List the sparse methods, or describe one.
@@ -60,10 +77,17 @@ fn run(cli: Cli) -> Result<Outcome> {
     log(cli.verbose)?;
     lacuna_kernels::isa::detect().map_err(|e| anyhow!(e))?;
     match cli.verb {
-        Verb::Doctor(a) => verbs::doctor::run(a),
-        Verb::Methods(a) => verbs::methods::run(a),
+        None => verbs::demo::run(),
+        Some(Verb::Run(a)) => verbs::run::run(a),
+        Some(Verb::Chat(a)) => verbs::chat::run(a),
+        Some(Verb::Bench(a)) => verbs::bench::run(a),
+        Some(Verb::Eval(a)) => verbs::eval::run(a),
+        Some(Verb::Calibrate(a)) => verbs::calibrate::run(a),
+        Some(Verb::Inspect(a)) => verbs::inspect::run(a),
+        Some(Verb::Doctor(a)) => verbs::doctor::run(a),
+        Some(Verb::Methods(a)) => verbs::methods::run(a),
         #[cfg(feature = "pull")]
-        Verb::Pull(a) => verbs::pull::run(a),
+        Some(Verb::Pull(a)) => verbs::pull::run(a),
     }
 }
 

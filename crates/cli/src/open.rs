@@ -133,8 +133,8 @@ pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs) -> Result<
 /// As [`Ready::tokenizer`].
 pub fn tokenizer(place: &Place, checkpoint: &Checkpoint) -> Result<Tokenizer> {
     let tokenizer = match place {
-        Place::Embedded => Tokenizer::embedded()?,
-        Place::Path(path) => Tokenizer::load(path)?,
+        Place::Embedded => embedded::tokenizer()?,
+        Place::Path(path) => Tokenizer::open(path)?,
     };
     tokenizer.check_vocab(checkpoint.spec.vocab)?;
     Ok(tokenizer)
@@ -157,7 +157,7 @@ pub fn load_options(args: &LoadArgs, context: Option<usize>) -> LoadOptions {
         LoadMode::Map => lacuna_core::map::LoadMode::Map,
         LoadMode::Read => lacuna_core::map::LoadMode::Read,
     };
-    LoadOptions { mode, check_tensors: args.check_tensors, context: context.filter(|c| *c > 0), ..Default::default() }
+    LoadOptions { mode, check_tensors: args.check_tensors, context: context.filter(|c| *c > 0) }
 }
 
 /// The engine's form of a cache type.

@@ -2,18 +2,30 @@
 
 use crate::{Outcome, table::Table, text};
 use anyhow::Result;
-use lacuna_kernels::isa::{self, Isa};
-use serde_json::{Value, json};
+use lacuna::{cache, engine::break_even::BreakEven};
+use lacuna_kernels::{
+    Format, Pool,
+    isa::{self, Isa},
+    probe,
+};
+use serde_json::{Map, Value, json};
 use std::{
     fs,
     io::{Write, stdout},
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
+
+/// Bytes of the streaming read: several times any last-level cache.
+const STREAM_BYTES: usize = 512 << 20;
 
 /// Arguments of `lacuna doctor`.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Skip what takes seconds: bandwidth and multiply-adds.
+    #[arg(long)]
+    no_probe: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -21,7 +33,8 @@ pub struct Args {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
-    let facts = facts();
+    let mut facts = facts();
+    facts["probes"] = if args.no_probe { json!([]) } else { probes() };
     let mut out = stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&facts)?)?;
@@ -44,7 +57,46 @@ pub fn run(args: Args) -> Result<Outcome> {
     table.row(["model cache".to_owned(), text("cache")]);
     table.row(["disk, free there".to_owned(), size("disk_free")]);
     write!(out, "{table}")?;
+    let mut table = Table::new(&["threads:", "streaming read, GB/s:", "f32 multiply-add, GFLOP/s:"]);
+    for p in facts["probes"].as_array().into_iter().flatten() {
+        let number = |key: &str| format!("{:.1}", p[key].as_f64().unwrap_or_default());
+        table.row([p["threads"].to_string(), number("stream_gb_per_s"), number("fma_gflop_per_s")]);
+    }
+    if !args.no_probe {
+        write!(out, "\n{table}")?;
+    }
+    let mut table = Table::new(&["weights", "dense is faster above a kept share of:"]);
+    for (format, share) in facts["break_even"].as_object().into_iter().flatten() {
+        table.row([format.clone(), share.as_f64().map_or("-".to_owned(), text::percent)]);
+    }
+    write!(out, "\n{table}")?;
     Ok(Outcome::Good)
+}
+
+/// Rates with one thread and with all.
+fn probes() -> Value {
+    let all = all_threads();
+    let mut counts = vec![1, all];
+    counts.dedup();
+    let one = |threads: usize| {
+        let pool = Pool::new(threads);
+        json!({
+            "threads": threads,
+            "stream_gb_per_s": probe::stream_read(&pool, STREAM_BYTES, 3) / 1e9,
+            "fma_gflop_per_s": probe::peak_fma(&pool, Duration::from_millis(300)) / 1e9,
+        })
+    };
+    counts.into_iter().map(one).collect()
+}
+
+fn all_threads() -> usize {
+    thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// The share per format at which the engine falls back to dense on this machine.
+fn break_even() -> Value {
+    let found = BreakEven::load(cache::root().as_deref(), all_threads());
+    Format::ALL.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
 }
 
 fn facts() -> Value {
@@ -53,7 +105,8 @@ fn facts() -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "cpu": cpu_name(),
-        "threads": thread::available_parallelism().map_or(1, |n| n.get()),
+        "threads": all_threads(),
+        "break_even": break_even(),
         "isa": isa::get().name(),
         "isa_available": isa::available().iter().map(|i: &Isa| i.name()).collect::<Vec<_>>(),
         "memory_total": memory("MemTotal"),

@@ -1,6 +1,13 @@
 //! One file per verb.
 
+pub mod bench;
+pub mod calibrate;
+pub mod chat;
+pub mod demo;
 pub mod doctor;
+pub mod eval;
+pub mod inspect;
 pub mod methods;
 #[cfg(feature = "pull")]
 pub mod pull;
+pub mod run;

@@ -125,6 +125,11 @@ impl Engine {
         self.shared.kv
     }
 
+    /// Most tokens that prefill runs at once.
+    pub fn prefill_chunk(&self) -> usize {
+        self.shared.prefill_chunk
+    }
+
     /// Bytes that a dense decode step reads with `depth` tokens in the context: weights (of the active experts only),
     /// keys and values. What a plan saves is in [`Session::counters`].
     pub fn bytes_per_token(&self, depth: usize) -> u64 {

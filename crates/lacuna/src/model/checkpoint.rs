@@ -9,6 +9,7 @@ use super::source::{Source, Stored};
 use super::spec::Spec;
 use super::validate::validate;
 use super::weights::Model;
+use crate::embedded;
 use crate::error::{Error, Result};
 use lacuna_core::format::{config::Config, safetensors};
 use lacuna_core::map::{self, LoadMode};
@@ -58,11 +59,29 @@ impl Checkpoint {
             };
             return Err(Error::NoModel { file: path.into(), problem: problem.into() });
         };
-        validate(&checkpoint.source.file, &checkpoint.spec)?;
+        checkpoint.checked(options)
+    }
+
+    /// Opens the model inside the library.
+    ///
+    /// # Errors
+    /// The library was built without one, or its files are damaged.
+    pub fn embedded(options: &LoadOptions) -> Result<Self> {
+        let part = |name: &str| {
+            let problem = format!("this build has no embedded {name}");
+            embedded::file(name).ok_or_else(|| Error::NoModel { file: embedded::NAME.into(), problem })
+        };
+        let weights = safetensors::Tensors::parse(part("model.safetensors")?)?;
+        let files = safetensors::Model::from_files(vec![weights])?;
+        understand(Path::new(embedded::NAME), &part("config.json")?, options, || Ok(files))?.checked(options)
+    }
+
+    fn checked(self, options: &LoadOptions) -> Result<Self> {
+        validate(&self.source.file, &self.spec)?;
         if options.check_tensors {
-            checkpoint.source.check_finite()?;
+            self.source.check_finite()?;
         }
-        Ok(checkpoint)
+        Ok(self)
     }
 
     /// Memory for a context of `context` positions with `kv_bytes` bytes per cached number.
@@ -94,7 +113,18 @@ fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
         return Err(Error::NoModel { file: dir.into(), problem: "the directory has no config.json".into() });
     }
     let json = map::read_small(&file, cap::CONFIG)?;
-    let config = Config::parse(&json).map_err(|e| e.in_file(&file))?;
+    understand(dir, &json, options, || Ok(safetensors::Model::open(dir, options.mode)?))
+}
+
+/// A directory's configuration `json` and its files, which are opened once the configuration is understood.
+fn understand(
+    dir: &Path,
+    json: &[u8],
+    options: &LoadOptions,
+    files: impl FnOnce() -> Result<safetensors::Model>,
+) -> Result<Checkpoint> {
+    let file = dir.join("config.json");
+    let config = Config::parse(json).map_err(|e| e.in_file(&file))?;
     let settings: Map<_, _> = config.keys().filter_map(|k| Some((k.to_owned(), config.get(k)?.clone()))).collect();
     let fields = Fields::new(file.display().to_string(), options.context, settings);
     let arch = arch::of_config(&fields)?;
@@ -102,8 +132,8 @@ fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
         return Err(fields.unsupported(format!("quantization_config with method {method}"), "; use a GGUF file"));
     }
     let spec = (arch.spec)(&fields)?;
-    let files = safetensors::Model::open(dir, options.mode)?;
-    let hash = files.hash(&json);
+    let files = files()?;
+    let hash = files.hash(json);
     let source = source_of(dir, &files);
     let tied = fields.flag_or("tie_word_embeddings", false)?.then_some(true).or_else(|| {
         let said = fields.get("tie_word_embeddings").is_some();
