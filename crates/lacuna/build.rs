@@ -1,7 +1,10 @@
 //! Puts the model in `assets/embedded` (or in the Hugging Face directory that `LACUNA_EMBEDDED_DIR` names while building)
 //! into the library. Without the folder the library has no model of its own.
 
-use std::{env, fs, io, path::{Path, PathBuf}};
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
 
 fn main() -> io::Result<()> {
     println!("cargo::rerun-if-env-changed=LACUNA_EMBEDDED_DIR");

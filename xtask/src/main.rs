@@ -5,6 +5,7 @@ mod synth;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(about = "Developer tasks of Lacuna")]
@@ -17,8 +18,18 @@ enum Task {
     Docs,
 }
 
-fn main() -> Result<()> {
-    match Task::parse() {
+fn main() -> ExitCode {
+    match run(Task::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    match task {
         Task::Synth(args) => synth::run(&args),
         Task::Tidy => tidy(),
         Task::Docs => xtask::docs::write(&xtask::root()).context("writing the generated pages"),

@@ -2,8 +2,7 @@
 
 use crate::{
     args::{Kv, LoadArgs, LoadMode},
-    sparse,
-    text,
+    sparse, text,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use lacuna::{

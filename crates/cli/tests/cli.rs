@@ -138,8 +138,20 @@ fn greedy_text_of_the_260k_model() {
     for path in ["models/stories260K/hf-f32", "models/stories260K/gguf/stories260K-f32.gguf"] {
         let Some(model) = shared(path) else { return };
         for threads in ["1", "2"] {
-            let out =
-                lacuna(&["run", &model, "-p", "Once upon a time", "-n", "80", "--temp", "0", "-t", threads, "--kv", "f32"]);
+            let out = lacuna(&[
+                "run",
+                &model,
+                "-p",
+                "Once upon a time",
+                "-n",
+                "80",
+                "--temp",
+                "0",
+                "-t",
+                threads,
+                "--kv",
+                "f32",
+            ]);
             assert!(out.status.success(), "{}", stderr(&out));
             assert!(stdout(&out).starts_with(golden), "{path}: {}", stdout(&out));
             assert!(stderr(&out).contains("t/s"), "{}", stderr(&out));
@@ -153,7 +165,8 @@ fn flags_win_over_the_environment_and_stops_end_the_text() {
     let run = |args: &[&str]| {
         let mut all = vec!["run", model.as_str(), "-p", "Once upon a time"];
         all.extend(args);
-        let out = command(&all).env("LACUNA_PREDICT", "3").env("LACUNA_TEMP", "0").output().expect("the program starts");
+        let out =
+            command(&all).env("LACUNA_PREDICT", "3").env("LACUNA_TEMP", "0").output().expect("the program starts");
         assert!(out.status.success(), "{}", stderr(&out));
         stdout(&out)
     };
@@ -222,8 +235,7 @@ fn skipping_closed_neurons_changes_nothing_and_reads_less() {
 
 #[test]
 fn thresholds_need_a_calibration_that_is_found_again() {
-    let (Some(model), Some(text)) =
-        (shared("models/lacuna-stories"), shared("data/tinystories-sample/stories.txt"))
+    let (Some(model), Some(text)) = (shared("models/lacuna-stories"), shared("data/tinystories-sample/stories.txt"))
     else {
         return;
     };
@@ -244,7 +256,8 @@ fn thresholds_need_a_calibration_that_is_found_again() {
     let all = fs::read_to_string(&text).expect("text");
     fs::write(&short, all.chars().take(6000).collect::<String>()).expect("written");
     let short = short.to_str().expect("UTF-8");
-    let out = cache(&["eval", "kld", "-m", &model, "-f", short, "--plan", plan, "-c", "128", "--chunks", "2", "--json"]);
+    let out =
+        cache(&["eval", "kld", "-m", &model, "-f", short, "--plan", plan, "-c", "128", "--chunks", "2", "--json"]);
     assert!(out.status.success(), "{}", stderr(&out));
     let result: Value = serde_json::from_slice(&out.stdout).expect("JSON");
     assert!(result["kld_mean"].as_f64().expect("KL") > 0.0);
@@ -258,7 +271,8 @@ fn thresholds_need_a_calibration_that_is_found_again() {
 #[cfg(unix)]
 #[test]
 fn a_reader_that_leaves_is_no_error() {
-    let mut child = command(&["methods", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    let mut child =
+        command(&["methods", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
     drop(child.stdout.take());
     let out = child.wait_with_output().expect("ends");
     assert_eq!(stderr(&out), "");

@@ -6,7 +6,6 @@
 //! joined to a path, and what a link leads to must lie inside the cache. Nothing here opens a socket; with the feature
 //! `pull`, the module `pull` does.
 
-
 #[cfg(feature = "pull")]
 pub mod pull;
 
@@ -145,9 +144,8 @@ fn check_component(component: &str) -> Result<(), &'static str> {
         return Err("`--` or `..` inside a component");
     }
     let stem = component.split('.').next().unwrap_or_default().to_ascii_lowercase();
-    let numbered = (stem.starts_with("com") || stem.starts_with("lpt"))
-        && stem.len() == 4
-        && stem.as_bytes()[3].is_ascii_digit();
+    let numbered =
+        (stem.starts_with("com") || stem.starts_with("lpt")) && stem.len() == 4 && stem.as_bytes()[3].is_ascii_digit();
     if numbered || WINDOWS_DEVICES.contains(&stem.as_str()) {
         return Err("a device name of Windows");
     }
@@ -230,7 +228,9 @@ fn loadable(path: &Path) -> Result<PathBuf, HubError> {
             Err(HubError::Contents { path: path.to_owned(), problem })
         }
         1 => Ok(files.remove(0)),
-        _ => Err(HubError::Contents { path: path.to_owned(), problem: choices("several GGUF files, name one", &files) }),
+        _ => {
+            Err(HubError::Contents { path: path.to_owned(), problem: choices("several GGUF files, name one", &files) })
+        }
     }
 }
 

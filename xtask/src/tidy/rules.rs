@@ -17,7 +17,10 @@ const PARAMS: usize = 7;
 const LONG_FILES: &[(&str, &str)] = &[];
 
 /// `path:function` that may be longer or take more parameters, and why.
-const LONG_FUNCTIONS: &[(&str, &str)] = &[];
+const LONG_FUNCTIONS: &[(&str, &str)] = &[
+    ("crates/kernels/src/attention/mod.rs:decode_with", "the public function and the instruction set, for the tests"),
+    ("crates/kernels/src/attention/mod.rs:prefill_with", "the public function and the instruction set, for the tests"),
+];
 
 /// Files outside the kernels that may contain `unsafe`.
 const UNSAFE_FILES: &[(&str, &str)] = &[("crates/core/src/map.rs", "the one wrapper of a memory map")];
@@ -53,7 +56,8 @@ fn listed(list: &[(&str, &str)], key: &str) -> bool {
 }
 
 fn is_test_file(path: &str) -> bool {
-    path.contains("/tests/") || path.ends_with("/tests.rs") || path.contains("/benches/")
+    let name = path.rsplit('/').next().unwrap_or_default();
+    path.contains("/tests/") || path.contains("/benches/") || name.ends_with("tests.rs") || name == "testing.rs"
 }
 
 fn sizes(file: &File, problems: &mut Vec<String>) {
@@ -80,7 +84,7 @@ fn functions(file: &File, problems: &mut Vec<String>) {
         if f.lines > limit {
             problems.push(format!("{at}: fn {} has {} lines, at most {limit}", f.name, f.lines));
         }
-        if f.params > PARAMS {
+        if f.params > PARAMS && !file.path.contains("/benches/") {
             problems.push(format!("{at}: fn {} has {} parameters, at most {PARAMS}; make a struct", f.name, f.params));
         }
     }

@@ -45,11 +45,7 @@ impl Source {
             let keep = |(b, k): (&u8, &Kind)| if *b != b'\n' && drop(*k) { b' ' } else { *b };
             String::from_utf8_lossy(&bytes.iter().zip(&kinds).map(keep).collect::<Vec<_>>()).into_owned()
         };
-        Self {
-            text: text.to_owned(),
-            no_comments: mask(&|k| k == Kind::Comment),
-            code: mask(&|k| k != Kind::Code),
-        }
+        Self { text: text.to_owned(), no_comments: mask(&|k| k == Kind::Comment), code: mask(&|k| k != Kind::Code) }
     }
 
     /// For each line, whether it belongs to an item under `#[cfg(test)]`.
@@ -102,7 +98,8 @@ fn token(b: &[u8], i: usize) -> (Kind, usize) {
         if rest.get(1 + hashes) == Some(&b'"') {
             let close: Vec<u8> = std::iter::once(b'"').chain(std::iter::repeat_n(b'#', hashes)).collect();
             let body = i + 2 + hashes;
-            let end = b[body..].windows(close.len()).position(|w| w == close).map_or(b.len(), |p| body + p + close.len());
+            let end =
+                b[body..].windows(close.len()).position(|w| w == close).map_or(b.len(), |p| body + p + close.len());
             return (Kind::Text, end);
         }
     }

@@ -66,7 +66,8 @@ fn names(files: &[File], problems: &mut Vec<String>) {
     for file in files {
         let forbidden: Vec<&str> = if file.path.starts_with("crates/methods/src/") {
             ARCHITECTURES.to_vec()
-        } else if file.path.starts_with("crates/lacuna/src/model/") || file.path.starts_with("crates/lacuna/src/engine/")
+        } else if file.path.starts_with("crates/lacuna/src/model/")
+            || file.path.starts_with("crates/lacuna/src/engine/")
         {
             let shared = |n: &str| SHARED_NAMES.iter().any(|(s, _)| *s == n);
             METHODS.iter().map(|m| m.name()).filter(|n| !shared(n)).collect()
@@ -77,7 +78,11 @@ fn names(files: &[File], problems: &mut Vec<String>) {
         for (i, line) in file.source.no_comments.lines().enumerate().filter(|(i, _)| !tests[*i]) {
             let lower = line.to_ascii_lowercase();
             for name in forbidden.iter().filter(|n| has_word(&lower, n)) {
-                problems.push(format!("{}:{}: names `{name}`; methods and models do not know each other", file.path, i + 1));
+                problems.push(format!(
+                    "{}:{}: names `{name}`; methods and models do not know each other",
+                    file.path,
+                    i + 1
+                ));
             }
         }
     }
@@ -109,7 +114,8 @@ fn lock_file(root: &Path, problems: &mut Vec<String>) -> io::Result<()> {
     if packages > PACKAGES {
         problems.push(format!("Cargo.lock: {packages} packages, at most {PACKAGES}"));
     }
-    for line in lock.lines().filter(|l| l.starts_with("source = ") && !l.contains("github.com/rust-lang/crates.io-index"))
+    for line in
+        lock.lines().filter(|l| l.starts_with("source = ") && !l.contains("github.com/rust-lang/crates.io-index"))
     {
         problems.push(format!("Cargo.lock: {line}: only crates.io is a source"));
     }

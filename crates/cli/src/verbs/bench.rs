@@ -1,6 +1,6 @@
 //! `lacuna bench`: llama-bench's tests and row form, with the plan, its density and what was read.
 
-use super::run::kept;
+use super::run::{dense_bytes, kept};
 use crate::{
     Outcome,
     args::{Kv, LoadArgs, LoadMode},
@@ -255,7 +255,6 @@ fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
     let stream = before.zip(probe()).map(|(a, b)| [a, b]);
     let counters = session.counters();
     let bytes = (test.generate > 0).then(|| counters.bytes_per_token());
-    let middle = test.depth + test.generate / 2;
     let speeds: Vec<f64> = samples.iter().map(|s| test.tokens() as f64 / s).collect();
     let nanos: Vec<f64> = samples.iter().map(|s| s * 1e9).collect();
     let ((avg_ts, stddev_ts), (avg_ns, stddev_ns)) = (mean_sd(&speeds), mean_sd(&nanos));
@@ -276,7 +275,7 @@ fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
         n_depth: test.depth,
         test: test.name(),
         plan: case.plan.to_owned(),
-        density: bytes.map(|b| b / engine.bytes_per_token(middle) as f64),
+        density: bytes.map(|b| b / dense_bytes(engine, test.depth, test.depth + test.generate)),
         kept: kept(counters).into_iter().collect(),
         bytes_per_token: bytes,
         gb_per_s,
@@ -342,7 +341,17 @@ fn quote(text: &str) -> String {
 
 fn markdown(rows: &[Row]) -> String {
     let mut table = Table::new(&[
-        "model", "size:", "params:", "backend", "threads:", "plan", "density:", "test:", "t/s:", "MB/token:", "GB/s:",
+        "model",
+        "size:",
+        "params:",
+        "backend",
+        "threads:",
+        "plan",
+        "density:",
+        "test:",
+        "t/s:",
+        "MB/token:",
+        "GB/s:",
         "of stream:",
     ]);
     for r in rows {

@@ -144,7 +144,9 @@ impl Talk<'_> {
         let tokens = self.template.encode(self.tokenizer, &self.messages, true)?;
         if tokens.len() >= self.session.context() {
             let (n, most) = (tokens.len(), self.session.context());
-            eprintln!("the conversation has {n} tokens, the context holds {most}: /clear forgets it, -c makes more room");
+            eprintln!(
+                "the conversation has {n} tokens, the context holds {most}: /clear forgets it, -c makes more room"
+            );
             self.messages.pop();
             return Ok(());
         }
@@ -155,8 +157,7 @@ impl Talk<'_> {
         cancel.store(false, Ordering::Relaxed);
         let mut printer = Printer::default();
         let show = &mut |t: &str| printer.show(t);
-        let out =
-            generate(&mut self.session, self.tokenizer, &tokens[same..], &mut self.sampler, &self.limits, show)?;
+        let out = generate(&mut self.session, self.tokenizer, &tokens[same..], &mut self.sampler, &self.limits, show)?;
         cancel.store(false, Ordering::Relaxed);
         printer.end()?;
         match out.finish {

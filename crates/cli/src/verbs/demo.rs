@@ -18,10 +18,15 @@ use lacuna::{
     eval::{Divergence, EngineSource, divergence, windows},
     tokenizer::Tokenizer,
 };
-use std::io::{Write, stdout};
+use std::{
+    io::{Write, stdout},
+    time::Instant,
+};
 
 /// What the story begins with.
 const PROMPT: &str = "Once upon a time, there was a little fox who";
+/// Runs of each kind that are timed.
+const ROUNDS: usize = 7;
 /// Tokens of the story.
 const LENGTH: usize = 160;
 /// Text that both are measured on: three stories written for this purpose, so that no training data is repeated.
@@ -53,8 +58,10 @@ pub fn run() -> Result<Outcome> {
     let (dense, dense_counters) = tell(&ready.dense, tokenizer)?;
     writeln!(out, "\nSparse, neurons whose gate is closed are not read:\n")?;
     let (sparse, sparse_counters) = tell(&ready.engine, tokenizer)?;
+    let rates = race(&[&ready.dense, &ready.engine], &dense.tokens)?;
     let quality = compare(&ready.dense, &ready.engine, tokenizer)?;
-    write!(out, "\n{}", speeds(&[("dense", &dense, &dense_counters), (ready.label(), &sparse, &sparse_counters)]))?;
+    let runs = [("dense", rates[0], &dense_counters), (ready.label(), rates[1], &sparse_counters)];
+    write!(out, "\n{}", speeds(&runs))?;
     write!(out, "\n{}", differences(&quality))?;
     if dense.tokens == sparse.tokens {
         writeln!(out, "\nBoth stories are the same: what was skipped was exactly zero.")?;
@@ -75,22 +82,44 @@ fn tell(engine: &Engine, tokenizer: &Tokenizer) -> Result<(Generated, Counters)>
     Ok((told, session.counters().clone()))
 }
 
+/// Tokens per second of each engine over the same story: medians of short runs that take turns, because the speed of a
+/// shared machine drifts.
+fn race(engines: &[&Engine; 2], story: &[u32]) -> Result<[f64; 2]> {
+    let mut sessions = [engines[0].session(0)?, engines[1].session(0)?];
+    let mut seconds = [Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        for (session, times) in sessions.iter_mut().zip(&mut seconds) {
+            session.truncate(0);
+            session.decode(story[0])?;
+            let start = Instant::now();
+            for &token in &story[1..] {
+                session.decode(token)?;
+            }
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(seconds.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        (story.len() - 1) as f64 / times[times.len() / 2]
+    }))
+}
+
 fn compare(dense: &Engine, sparse: &Engine, tokenizer: &Tokenizer) -> Result<Divergence> {
     let encode = |part: &str| tokenizer.encode(part, true);
     let documents = windows::split_documents(TEXT, MARK).into_iter().map(encode).collect::<Result<Vec<_>, _>>()?;
     let windows = windows::documents(documents, dense.model().spec.context);
-    let mut base = EngineSource::new(dense, 0, false)?;
+    let mut base = EngineSource::new(dense, 0, true)?;
     let mut test = EngineSource::new(sparse, 0, true)?;
     Ok(divergence(&mut base, &mut test, &windows, Some(tokenizer.pieces()), |_| {})?)
 }
 
-fn speeds(runs: &[(&str, &Generated, &Counters)]) -> Table {
+fn speeds(runs: &[(&str, f64, &Counters)]) -> Table {
     let mut table = Table::new(&["run", "t/s:", "read per token:", "kept"]);
-    for (name, told, counters) in runs {
+    for (name, rate, counters) in runs {
         let shares: Vec<_> = kept(counters).into_iter().map(|(s, k)| format!("{s} {}", text::percent(k))).collect();
         table.row([
             (*name).to_owned(),
-            format!("{:.1}", told.tokens_per_second()),
+            format!("{rate:.1}"),
             text::bytes(counters.bytes_per_token() as u64),
             if shares.is_empty() { "everything".to_owned() } else { shares.join(", ") },
         ]);

@@ -114,7 +114,8 @@ fn kld(args: &Common, base: Option<&str>) -> Result<Outcome> {
     let windows = windows_of(args, tokenizer)?;
     let most = longest(&windows);
     let (mut base, mut test) = (
-        EngineSource::new(base_engine, most, false)?,
+        // Step by step as well, so that against the same model the plan makes the whole difference.
+        EngineSource::new(base_engine, most, other.is_none())?,
         EngineSource::new(&ready.engine, most, ready.plan.is_some())?,
     );
     let mut line = Running::new();

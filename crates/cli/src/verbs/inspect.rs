@@ -1,11 +1,6 @@
 //! `lacuna inspect`: what is in a model, tensor by tensor, and the memory it will take.
 
-use crate::{
-    Outcome,
-    open::Place,
-    table::Table,
-    text,
-};
+use crate::{Outcome, open::Place, table::Table, text};
 use anyhow::{Context, Result};
 use lacuna::{
     engine::KvType,
@@ -81,7 +76,8 @@ struct Memory {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
-    let path = if args.file.ends_with(".safetensors") { args.file.clone().into() } else { lacuna::hub::locate(&args.file)? };
+    let path =
+        if args.file.ends_with(".safetensors") { args.file.clone().into() } else { lacuna::hub::locate(&args.file)? };
     let report = report(&path, !args.no_zeros)?;
     let mut out = stdout().lock();
     if args.json {

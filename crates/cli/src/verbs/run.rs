@@ -8,7 +8,7 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use lacuna::engine::{
-    Counters, Session,
+    Counters, Engine, Session,
     generate::{Finish, Flow, Generated, Limits, generate},
     sampler::Sampler,
 };
@@ -147,9 +147,14 @@ pub fn report(ready: &Ready, session: &Session, out: &Generated) -> io::Result<(
     )?;
     let counters = session.counters();
     if counters.steps > 0 {
-        let dense = ready.engine.bytes_per_token(session.len()) as f64;
         let read = counters.bytes_per_token();
-        writeln!(err, "read {} per token, {} of dense", text::bytes(read as u64), text::percent(read / dense))?;
+        write!(err, "read {} per token", text::bytes(read as u64))?;
+        if ready.plan.is_some() {
+            let begin = session.len() - counters.steps as usize;
+            let dense = dense_bytes(&ready.dense, begin, session.len());
+            write!(err, ", {} of dense", text::percent(read / dense))?;
+        }
+        writeln!(err)?;
         let kept = kept(counters);
         if !kept.is_empty() {
             let parts: Vec<_> = kept.iter().map(|(site, share)| format!("{site} {}", text::percent(*share))).collect();
@@ -157,6 +162,11 @@ pub fn report(ready: &Ready, session: &Session, out: &Generated) -> io::Result<(
         }
     }
     Ok(())
+}
+
+/// Bytes that the dense engine reads per decoded token on average, from a context of `begin` tokens to one of `end`.
+pub fn dense_bytes(dense: &Engine, begin: usize, end: usize) -> f64 {
+    (dense.bytes_per_token(begin + 1) + dense.bytes_per_token(end)) as f64 / 2.0
 }
 
 /// Share that stayed, per place where something was skipped.

@@ -130,7 +130,8 @@ impl Hub<'_> {
             let etag = header("x-linked-etag").or(header("etag"));
             let size = header("x-linked-size").or(header("content-length")).and_then(|s| s.parse().ok());
             // A renamed repository answers with a path on the same host; the bytes of large files lie elsewhere.
-            if let Some(moved) = header("location").filter(|l| l.starts_with('/') && header("x-linked-etag").is_none()) {
+            if let Some(moved) = header("location").filter(|l| l.starts_with('/') && header("x-linked-etag").is_none())
+            {
                 url = format!("{}{moved}", self.source.endpoint);
                 continue;
             }
@@ -259,8 +260,9 @@ fn wanted(name: &Name, listed: &[String]) -> Result<Vec<String>, HubError> {
         return Ok(vec![chosen.to_string_lossy().into_owned()]);
     }
     if plain.iter().any(|f| *f == "config.json") && plain.iter().any(|f| f.ends_with(".safetensors")) {
-        let needed =
-            |f: &&&String| [".json", ".safetensors", ".jinja"].iter().any(|end| f.ends_with(end)) || **f == "tokenizer.model";
+        let needed = |f: &&&String| {
+            [".json", ".safetensors", ".jinja"].iter().any(|end| f.ends_with(end)) || **f == "tokenizer.model"
+        };
         return Ok(plain.iter().filter(needed).map(|f| f.to_string()).collect());
     }
     let problem = super::choices("no safetensors; name one file as `org/name:FILE`", &gguf);

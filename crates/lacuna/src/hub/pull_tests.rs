@@ -65,7 +65,14 @@ fn serve(mut stream: std::net::TcpStream, files: &[&str], seen: &Mutex<Vec<Strin
         }
         "model.safetensors" => {
             let location = "Location: /cdn/bytes".to_owned();
-            (format!("302 Found\r\n{location}\r\nX-Linked-Etag: \"{}\"\r\nX-Linked-Size: {}\r\n", sha(&body), body.len()), vec![])
+            (
+                format!(
+                    "302 Found\r\n{location}\r\nX-Linked-Etag: \"{}\"\r\nX-Linked-Size: {}\r\n",
+                    sha(&body),
+                    body.len()
+                ),
+                vec![],
+            )
         }
         "bytes" => match range.strip_prefix("bytes=").and_then(|r| r.trim_end_matches('-').parse::<usize>().ok()) {
             Some(from) => ("206 Partial Content\r\n".into(), body[from..].to_vec()),
