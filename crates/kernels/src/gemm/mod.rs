@@ -23,8 +23,9 @@
 //! same bits whatever the other rows, the number of rows, threads or chunks (batch invariance).
 //!
 //! # Few rows
-//! Rows are computed 16 at a time and every panel is decoded for each call, so below about 6 rows as many matrix-vector
-//! products are faster; one row never pays here.
+//! Rows are computed 16 at a time and every panel is decoded for each call: a call costs some 0.2 ns per Q4_0 weight
+//! for 1 to 16 rows, where one streamed matrix-vector product costs some 0.02 to 0.03 (one Sapphire Rapids core). So
+//! up to about 6 rows as many matrix-vector products are faster.
 //!
 //! # Memory layout
 //! * activations: blocks of 16 rows, inside a block `[k / q][16 rows][q]` with `q` numbers in 4 bytes (1 f32, 2
