@@ -9,11 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::page::{KvType, Layout};
 use super::shared::SharedMut;
-use super::{Cache, Scratch, Spec};
+use super::{Cache, Job, Scratch, Spec};
 use crate::elementwise::math;
 use crate::isa::Isa;
 use crate::lanes::{Kernel, Lanes, on_lanes};
-use crate::pool::Pool;
 
 /// Positions in a span, rounded down to whole pages (at least one).
 const SPAN: usize = 256;
@@ -40,17 +39,10 @@ impl Split<'_> {
     }
 }
 
-/// Attention of the query at position `len - 1`; `isa` is not scalar.
-pub(super) fn run(
-    isa: Isa,
-    pool: &Pool,
-    spec: &Spec,
-    cache: &Cache<'_>,
-    len: usize,
-    q: &[f32],
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
+/// Attention of the query at position `job.start`; `isa` is not scalar.
+pub(super) fn run(isa: Isa, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
+    let Job { pool, spec, cache, start, q } = *job;
+    let len = start + 1;
     let span = (SPAN / cache.page_len).max(1) * cache.page_len;
     let visible = spec.first_visible(len - 1)..len;
     let spans = visible.start / span..len.div_ceil(span);
@@ -243,6 +235,14 @@ impl Elem for Bf16 {
     }
 }
 
+/// Rows of `width` numbers at `run`; `next` is read afterwards and fetched ahead.
+#[derive(Clone, Copy)]
+struct Operand {
+    run: *const u8,
+    next: *const u8,
+    width: usize,
+}
+
 /// `acc[g][s] += sum over rows r in rows of weights[g * stride + r] * run[r][column + s N ..]`, which serves both
 /// products: keys (rows are components, columns positions) and values (rows are positions, columns components).
 ///
@@ -252,9 +252,7 @@ impl Elem for Bf16 {
 #[inline(always)]
 unsafe fn product<V: Lanes, E: Elem, const S: usize, const G: usize>(
     acc: &mut [[V; S]; G],
-    run: *const u8,
-    next: *const u8,
-    width: usize,
+    Operand { run, next, width }: Operand,
     column: usize,
     rows: Range<usize>,
     weights: *const f32,
@@ -373,16 +371,16 @@ impl SpanJob<'_> {
                 let out = self.partial.as_mut_ptr().add(g * self.layout.d16 + column);
                 let mut acc = load_all::<V, S, G>(out, self.layout.d16);
                 let weights = self.scores.as_ptr().add(g * self.stride + i * page_len);
-                let run = self.runs[i].1.as_ptr();
-                product::<V, E, S, G>(&mut acc, run, next, self.layout.d16, column, rows, weights, self.stride);
+                let operand = Operand { run: self.runs[i].1.as_ptr(), next, width: self.layout.d16 };
+                product::<V, E, S, G>(&mut acc, operand, column, rows, weights, self.stride);
                 store_all(acc, out, self.layout.d16);
             } else {
                 let out = self.scores.as_mut_ptr().add(g * self.stride + i * page_len + column);
                 let mut acc = [[V::splat(0.0); S]; G];
                 let weights = self.q.as_ptr().add(g * self.layout.d2);
-                let run = self.runs[i].0.as_ptr();
+                let operand = Operand { run: self.runs[i].0.as_ptr(), next, width: page_len };
                 let rows = 0..self.layout.d2;
-                product::<V, E, S, G>(&mut acc, run, next, page_len, column, rows, weights, self.layout.d2);
+                product::<V, E, S, G>(&mut acc, operand, column, rows, weights, self.layout.d2);
                 store_all(acc, out, self.stride);
             }
         }

@@ -116,25 +116,25 @@ pub fn decode(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    decode_with(isa::get(), pool, spec, cache, len, q, out, scratch);
+    assert!(len > 0, "attention over nothing");
+    decode_with(isa::get(), &Job { pool, spec, cache, start: len - 1, q }, out, scratch);
+}
+
+/// What both entry points hand to a kernel: queries at positions from `start` on.
+struct Job<'a> {
+    pool: &'a Pool,
+    spec: &'a Spec,
+    cache: &'a Cache<'a>,
+    start: usize,
+    q: &'a [f32],
 }
 
 /// [`decode`] with the instruction set `isa`, which this machine must have.
-fn decode_with(
-    isa: Isa,
-    pool: &Pool,
-    spec: &Spec,
-    cache: &Cache<'_>,
-    len: usize,
-    q: &[f32],
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
-    assert!(len > 0, "attention over nothing");
-    cache.check(spec, len - 1, 1, q.len(), out.len());
+fn decode_with(isa: Isa, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
+    job.cache.check(job.spec, job.start, 1, job.q.len(), out.len());
     match isa {
-        Isa::Scalar => scalar::row(spec, cache, len - 1, q, out),
-        _ => decode::run(isa, pool, spec, cache, len, q, out, scratch),
+        Isa::Scalar => scalar::row(job.spec, job.cache, job.start, job.q, out),
+        _ => decode::run(isa, job, out, scratch),
     }
 }
 
@@ -154,20 +154,12 @@ pub fn prefill(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    prefill_with(isa::get(), pool, spec, cache, start, q, out, scratch);
+    prefill_with(isa::get(), &Job { pool, spec, cache, start, q }, out, scratch);
 }
 
 /// [`prefill`] with the instruction set `isa`, which this machine must have.
-fn prefill_with(
-    isa: Isa,
-    pool: &Pool,
-    spec: &Spec,
-    cache: &Cache<'_>,
-    start: usize,
-    q: &[f32],
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
+fn prefill_with(isa: Isa, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
+    let Job { spec, cache, start, q, .. } = *job;
     let width = spec.heads * spec.head_dim;
     cache.check(spec, start, q.len() / width, q.len(), out.len());
     match isa {
@@ -178,9 +170,8 @@ fn prefill_with(
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx if bf16::pays(isa, &cache.layout(spec)) => {
-            let backend = bf16::DotBf16 { amx: isa == Isa::Amx };
-            prefill::run(&backend, pool, spec, cache, start, q, out, scratch);
+            prefill::run(&bf16::DotBf16 { amx: isa == Isa::Amx }, job, out, scratch);
         }
-        _ => prefill::run(&lanes_f32::LanesF32(isa), pool, spec, cache, start, q, out, scratch),
+        _ => prefill::run(&lanes_f32::LanesF32(isa), job, out, scratch),
     }
 }

@@ -10,8 +10,7 @@ use std::ops::Range;
 use super::backend::{Backend, LOWEST, Rows, SoftmaxRow, State};
 use super::page::Layout;
 use super::shared::SharedMut;
-use super::{Cache, PageBuf, Scratch, Spec};
-use crate::pool::Pool;
+use super::{Cache, Job, PageBuf, Scratch, Spec};
 
 /// Keys of a block, rounded down to whole pages (at least one).
 const KEYS: usize = 256;
@@ -74,17 +73,9 @@ impl Sizes {
     }
 }
 
-/// Attention of the queries `q` at positions from `start` on.
-pub(super) fn run<B: Backend>(
-    backend: &B,
-    pool: &Pool,
-    spec: &Spec,
-    cache: &Cache<'_>,
-    start: usize,
-    q: &[f32],
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
+/// Attention of the queries of `job`.
+pub(super) fn run<B: Backend>(backend: &B, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
+    let Job { pool, spec, cache, start, q } = *job;
     let (layout, group) = (cache.layout(spec), spec.heads / spec.kv_heads);
     let n = q.len() / (spec.heads * spec.head_dim);
     let keys = (KEYS / cache.page_len).max(1) * cache.page_len;

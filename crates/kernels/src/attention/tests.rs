@@ -49,7 +49,8 @@ impl Fixture {
         let q = &self.q[start * width..end * width];
         let mut out = vec![f32::NAN; q.len()];
         let pool = Pool::new(threads);
-        prefill_with(isa, &pool, &self.spec, &cache, start, q, &mut out, &mut Scratch::default());
+        let job = Job { pool: &pool, spec: &self.spec, cache: &cache, start, q };
+        prefill_with(isa, &job, &mut out, &mut Scratch::default());
         out
     }
 
@@ -65,7 +66,8 @@ impl Fixture {
         let q = &self.q[(len - 1) * width..len * width];
         let mut out = vec![f32::NAN; width];
         let pool = Pool::new(threads);
-        decode_with(isa, &pool, &self.spec, &cache, len, q, &mut out, &mut Scratch::default());
+        let job = Job { pool: &pool, spec: &self.spec, cache: &cache, start: len - 1, q };
+        decode_with(isa, &job, &mut out, &mut Scratch::default());
         out
     }
 }
