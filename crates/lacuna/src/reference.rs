@@ -330,7 +330,7 @@ mod tests {
     #[test]
     fn erf_has_the_tabulated_values() {
         // Abramowitz and Stegun, table 7.1.
-        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_88), (1.0, 0.842_700_8), (2.0, 0.995_322_3), (3.0, 0.999_977_9)] {
+        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_9), (1.0, 0.842_700_8), (2.0, 0.995_322_3), (3.0, 0.999_977_9)] {
             assert!((erf(x) - y).abs() < 2e-7, "erf({x}) = {}", erf(x));
             assert_eq!(erf(-x), -erf(x));
         }

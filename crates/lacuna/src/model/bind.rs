@@ -54,7 +54,7 @@ impl Binder<'_> {
 
     fn head(&self, tied: Option<bool>) -> Result<Option<Linear>> {
         let plain_name = format!("{}.weight", self.names.head);
-        let prefixed = format!("{}{plain_name}", self.prefix.trim_end_matches("model."));
+        let prefixed = format!("{}{plain_name}", self.prefix.strip_suffix("model.").unwrap_or(self.prefix));
         let name = if self.source.has(&plain_name) { plain_name } else { prefixed };
         if tied == Some(true) || (tied.is_none() && !self.source.has(&name)) {
             return Ok(None);

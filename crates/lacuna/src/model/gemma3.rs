@@ -30,6 +30,9 @@ pub static GEMMA3: Architecture = Architecture {
 
 fn spec(whole: &Fields) -> Result<Spec> {
     let f = &whole.inside("text_config").unwrap_or_else(|| whole.clone());
+    if f.get("use_bidirectional_attention").is_some_and(|v| v != false) {
+        return Err(f.unsupported("attention to later positions (an encoder)", ""));
+    }
     let shape = Shape::from_config(f)?;
     let (global, local) = tables(f, shape.head_dim)?;
     let act = act::from_fields(f, "hidden_activation", Act::GeluTanh)?;

@@ -40,7 +40,7 @@ pub static GPT2: Architecture = Architecture {
 
 fn spec(f: &Fields) -> Result<Spec> {
     let (width, heads) = (f.count("n_embd")?, f.count("n_head")?);
-    if width % heads != 0 {
+    if !width.is_multiple_of(heads) {
         return Err(f.wrong("n_head", format!("{heads} heads do not divide the width {width}")));
     }
     let shape = Shape {

@@ -43,7 +43,7 @@ fn spec(f: &Fields) -> Result<Spec> {
         return Err(f.unsupported("an OPT without biases or gains (Galactica)", ""));
     }
     let inner = f.count("ffn_dim")?;
-    if width % heads != 0 {
+    if !width.is_multiple_of(heads) {
         return Err(f.wrong("num_attention_heads", format!("{heads} heads do not divide the width {width}")));
     }
     let shape = Shape {

@@ -37,7 +37,7 @@ fn rope_fits(rope: &Rope) -> Result<(), String> {
 }
 
 fn block_fits(spec: &Spec, b: &BlockSpec) -> Result<(), String> {
-    if b.heads == 0 || b.kv_heads == 0 || b.head_dim == 0 || b.heads % b.kv_heads != 0 {
+    if b.heads == 0 || b.kv_heads == 0 || b.head_dim == 0 || !b.heads.is_multiple_of(b.kv_heads) {
         return Err(format!("{} query heads, {} key/value heads of {}", b.heads, b.kv_heads, b.head_dim));
     }
     if !(b.scale.is_finite() && b.scale > 0.0) {
