@@ -6,10 +6,12 @@
 //! readers cannot tell apart from any other encoder.
 
 mod blocks;
+mod finite;
 mod floats;
 mod kblocks;
 mod ksearch;
 
+pub use finite::first_non_finite;
 pub use kblocks::scale_min as k_scale_min;
 
 use crate::Format;

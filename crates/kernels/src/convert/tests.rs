@@ -210,3 +210,30 @@ fn encoding_what_is_not_finite_does_not_panic() {
 fn a_wrong_length_is_refused() {
     decode_run(Format::Q4_0, &[0; 17], &mut [0.0; 32]);
 }
+
+#[test]
+fn what_is_not_finite_is_found_where_it_is() {
+    for format in Format::ALL {
+        let blocks = 2500;
+        let clean = encode(format, &vec![0.5; blocks * format.block_len()]);
+        assert_eq!(first_non_finite(format, &clean), None, "{}", format.name());
+        let scales: &[usize] = match format {
+            Format::Q4K => &[0, 2],
+            Format::Q6K => &[208],
+            _ => &[0],
+        };
+        for (block, at) in [0, 1, 1023, 1024, 2499].into_iter().flat_map(|b| scales.iter().map(move |s| (b, *s))) {
+            for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut bytes = clean.clone();
+                let stored = match format {
+                    Format::F32 | Format::F16 | Format::Bf16 => encode(format, &[x]),
+                    _ => f16::from_f32(x).to_le_bytes().to_vec(),
+                };
+                let at = block * format.block_bytes() + at;
+                bytes[at..at + stored.len()].copy_from_slice(&stored);
+                assert_eq!(first_non_finite(format, &bytes), Some(block * format.block_len()), "{}", format.name());
+            }
+        }
+        assert_eq!(first_non_finite(format, &[]), None);
+    }
+}

@@ -271,7 +271,7 @@ fn place_data(bytes: &[u8], tensors: &mut [Slot], header: usize, alignment: u64)
         at = end.aligned(Size(alignment))?;
     }
     // The last tensor may or may not be padded; a file without tensors may end with its header.
-    if !tensors.is_empty() && Size::from(bytes.len()) > at {
+    if Size::from(bytes.len()) > at {
         let found = format!("{} bytes that belong to no tensor", bytes.len() as u64 - at.0);
         return Err(Error::malformed(found, "the end of the file").at_byte(at.0));
     }
