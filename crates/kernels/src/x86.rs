@@ -2,26 +2,41 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
-/// How far ahead of the reads a row is prefetched, in bytes.
-const AHEAD: usize = 1024;
-/// How much of the next rows is prefetched before the current ones are computed, in bytes.
-const HEAD_BYTES: usize = AHEAD;
+/// How far ahead of the reads a row is prefetched at most, in bytes.
+const AHEAD: usize = 4096;
 
-/// Fetches `BYTES` bytes that lie some lines behind each of the places. A prefetch of any address is allowed.
-#[inline(always)]
-pub(crate) fn prefetch_ahead<const R: usize, const BYTES: usize>(at: [&[u8; BYTES]; R]) {
-    for group in at {
-        for line in 0..BYTES.div_ceil(64) {
-            prefetch(group.as_ptr().wrapping_add(AHEAD + line * 64));
-        }
-    }
+/// Rows computed side by side, and those that come next: what is read soon is fetched evenly, a few lines per step,
+/// because bursts stall on the limited number of outstanding misses.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a, const R: usize> {
+    rows: [&'a [u8]; R],
+    next: [&'a [u8]; R],
 }
 
-/// Fetches the first lines of a row.
-#[inline(always)]
-pub(crate) fn prefetch_head(row: &[u8]) {
-    for at in (0..row.len().min(HEAD_BYTES)).step_by(64) {
-        prefetch(row.as_ptr().wrapping_add(at));
+impl<'a, const R: usize> Ahead<'a, R> {
+    /// `next` may hold anything: it is only fetched.
+    #[inline(always)]
+    pub(crate) fn new(rows: [&'a [u8]; R], next: [&'a [u8]; R]) -> Self {
+        Self { rows, next }
+    }
+
+    /// The rows to compute; all have the same length.
+    #[inline(always)]
+    pub(crate) fn rows(&self) -> [&'a [u8]; R] {
+        self.rows
+    }
+
+    /// Fetches the `bytes` bytes that will be read some time after those at offset `at` of each row.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, at: usize, bytes: usize) {
+        let len = self.rows[0].len();
+        let at = at + len.min(AHEAD);
+        let (rows, at) = if at < len { (&self.rows, at) } else { (&self.next, at - len) };
+        for row in rows {
+            for line in (0..bytes).step_by(64) {
+                prefetch(row.as_ptr().wrapping_add(at + line));
+            }
+        }
     }
 }
 

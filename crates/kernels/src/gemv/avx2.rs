@@ -4,7 +4,7 @@ use super::Rows;
 use super::operand::{BLOCK, Int8, Operand};
 use super::scalar::q4k_scales;
 use crate::Format;
-use crate::x86::{last_group, prefetch_ahead, prefetch_head};
+use crate::x86::{Ahead, last_group};
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim. The CPU must have [`crate::Isa::Avx2`].
@@ -13,8 +13,8 @@ pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
     macro_rules! drive {
         ($dot:ident) => {
             for (i, y) in y.iter_mut().enumerate() {
-                rows.peek(i + 1).into_iter().for_each(prefetch_head);
-                *y = $dot(rows.get(i), x);
+                let row = rows.get(i);
+                *y = $dot(Ahead::new([row], [rows.peek(i + 1).unwrap_or(row)]), x);
             }
         };
     }
@@ -91,13 +91,14 @@ fn half(low: u8, high: u8) -> f32 {
 /// zero-padded copy.
 macro_rules! for_groups {
     ($row:ident, $bytes:literal, |$g:ident, $block:ident| $body:block) => {{
-        let whole = $row.as_chunks::<$bytes>().0;
+        let [row] = $row.rows();
+        let whole = row.as_chunks::<$bytes>().0;
         for ($g, $block) in whole.iter().enumerate() {
-            prefetch_ahead([$block]);
+            $row.fetch($g * $bytes, $bytes);
             $body
         }
-        if whole.len() * $bytes < $row.len() {
-            let ($g, $block) = (whole.len(), &last_group::<$bytes>($row));
+        if whole.len() * $bytes < row.len() {
+            let ($g, $block) = (whole.len(), &last_group::<$bytes>(row));
             $body
         }
     }};
@@ -105,7 +106,7 @@ macro_rules! for_groups {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_f32(row: &[u8], x: &Operand) -> f32 {
+fn dot_f32(row: Ahead<1>, x: &Operand) -> f32 {
     let x = x.plain().as_chunks::<32>().0;
     let mut acc = [_mm256_setzero_ps(); 4];
     for_groups!(row, 128, |g, b| {
@@ -121,7 +122,7 @@ fn dot_f32(row: &[u8], x: &Operand) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_f16(row: &[u8], x: &Operand) -> f32 {
+fn dot_f16(row: Ahead<1>, x: &Operand) -> f32 {
     let x = x.plain().as_chunks::<32>().0;
     let mut acc = [_mm256_setzero_ps(); 4];
     for_groups!(row, 64, |g, b| {
@@ -138,7 +139,7 @@ fn dot_f16(row: &[u8], x: &Operand) -> f32 {
 /// A pair of bf16 in 32 bits widens by a shift (even) and by a mask (odd); the vector is split the same way.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_bf16(row: &[u8], x: &Operand) -> f32 {
+fn dot_bf16(row: Ahead<1>, x: &Operand) -> f32 {
     let x = x.split().as_chunks::<32>().0;
     let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
     let mut acc = [_mm256_setzero_ps(); 4];
@@ -164,7 +165,7 @@ fn products(unsigned: __m256i, signed: __m256i) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_q8_0(row: &[u8], x: &Operand) -> f32 {
+fn dot_q8_0(row: Ahead<1>, x: &Operand) -> f32 {
     let Int8 { q, d, .. } = x.int8();
     let q = q.as_chunks::<BLOCK>().0;
     let mut acc = _mm256_setzero_ps();
@@ -178,7 +179,7 @@ fn dot_q8_0(row: &[u8], x: &Operand) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_q4_0(row: &[u8], x: &Operand) -> f32 {
+fn dot_q4_0(row: Ahead<1>, x: &Operand) -> f32 {
     let Int8 { q, d, bias, .. } = x.int8();
     let (q, bias) = (q.as_chunks::<BLOCK>().0, bias.as_chunks::<8>().0);
     let low = _mm256_set1_epi8(15);
@@ -195,7 +196,7 @@ fn dot_q4_0(row: &[u8], x: &Operand) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_q4k(row: &[u8], x: &Operand) -> f32 {
+fn dot_q4k(row: Ahead<1>, x: &Operand) -> f32 {
     let x = x.int8();
     let (q, d, sums) = (x.q.as_chunks::<BLOCK>().0, x.d.as_chunks::<8>().0, x.sum.as_chunks::<8>().0);
     let low = _mm256_set1_epi8(15);
@@ -223,7 +224,7 @@ fn dot_q4k(row: &[u8], x: &Operand) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_q6k(row: &[u8], x: &Operand) -> f32 {
+fn dot_q6k(row: Ahead<1>, x: &Operand) -> f32 {
     let Int8 { q, d, bias, .. } = x.int8();
     let (q, bias) = (q.as_chunks::<BLOCK>().0, bias.as_chunks::<8>().0);
     let mut acc = [_mm256_setzero_ps(); 2];

@@ -8,7 +8,7 @@ use super::operand::{Int8, Operand};
 use super::scalar::q4k_scales;
 use super::{Rows, WIDE};
 use crate::Format;
-use crate::x86::{last_group, prefetch_ahead, prefetch_head};
+use crate::x86::{Ahead, last_group};
 use half::f16;
 use std::arch::x86_64::*;
 
@@ -20,12 +20,13 @@ pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
             let (groups, rest) = y.as_chunks_mut::<WIDE>();
             let mut i = 0;
             for y in groups {
-                (i + WIDE..i + 2 * WIDE).filter_map(|i| rows.peek(i)).for_each(prefetch_head);
-                *y = $dot(std::array::from_fn::<_, WIDE, _>(|k| rows.get(i + k)), x);
+                let group: [_; WIDE] = std::array::from_fn(|k| rows.get(i + k));
+                let next = std::array::from_fn(|k| rows.peek(i + WIDE + k).unwrap_or(group[k]));
+                *y = $dot(Ahead::new(group, next), x);
                 i += WIDE;
             }
             for y in rest {
-                [*y] = $dot([rows.get(i)], x);
+                [*y] = $dot(Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]), x);
                 i += 1;
             }
         }};
@@ -101,15 +102,16 @@ fn sums<const R: usize>(acc: [__m512; R]) -> [f32; R] {
 /// zero-padded copy.
 macro_rules! for_groups {
     ($rows:ident, $bytes:literal, |$g:ident, $blocks:ident| $body:block) => {{
-        let whole = $rows.map(|row| row.as_chunks::<$bytes>().0);
+        let rows = $rows.rows();
+        let whole = rows.map(|row| row.as_chunks::<$bytes>().0);
         let groups = whole[0].len();
         for $g in 0..groups {
             let $blocks = whole.map(|w| &w[$g]);
-            prefetch_ahead($blocks);
+            $rows.fetch($g * $bytes, $bytes);
             $body
         }
-        if groups * $bytes < $rows[0].len() {
-            let last = $rows.map(|row| last_group::<$bytes>(row));
+        if groups * $bytes < rows[0].len() {
+            let last = rows.map(|row| last_group::<$bytes>(row));
             let ($g, $blocks) = (groups, last.each_ref());
             $body
         }
@@ -118,7 +120,7 @@ macro_rules! for_groups {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_f32<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_f32<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let x = x.plain().as_chunks::<32>().0;
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
     for_groups!(rows, 128, |g, blocks| {
@@ -133,7 +135,7 @@ fn dot_f32<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_f16<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_f16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let x = x.plain().as_chunks::<32>().0;
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
     for_groups!(rows, 64, |g, blocks| {
@@ -150,7 +152,7 @@ fn dot_f16<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
 /// A pair of bf16 in 32 bits widens by a shift (even) and by a mask (odd); the vector is split the same way.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_bf16<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_bf16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let x = x.split().as_chunks::<32>().0;
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
@@ -169,7 +171,7 @@ fn dot_bf16<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
 /// Four blocks (136 bytes) at a time; each register holds two blocks, eight lanes of four numbers each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_q8_0<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_q8_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let Int8 { q, d8, bias, .. } = x.int8();
     let (q, d8, bias) = (q.as_chunks::<128>().0, d8.as_chunks::<32>().0, bias.as_chunks::<32>().0);
     let offset = _mm512_set1_epi8(-128);
@@ -224,7 +226,7 @@ fn high_nibbles(bytes: __m512i) -> __m512i {
 /// Four blocks (72 bytes) at a time: their 4 x 16 code bytes gathered into one register, four lanes per block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_q4_0<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_q4_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let x = x.q4_0();
     let (q, d4, bias) = (x.q.as_chunks::<128>().0, x.d4.as_chunks::<16>().0, x.bias.as_chunks::<16>().0);
     let low = _mm512_set1_epi8(15);
@@ -258,7 +260,7 @@ fn half(bytes: [u8; 2]) -> f32 {
 /// One super-block at a time; each register holds two sub-blocks of 32, eight lanes each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_q4k<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_q4k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let Int8 { q, d, sum, .. } = x.int8();
     let (q, d, sum) = (q.as_chunks::<256>().0, d.as_chunks::<8>().0, sum.as_chunks::<8>().0);
     let low = _mm512_set1_epi8(15);
@@ -306,7 +308,7 @@ fn as_bytes(q: &[i8; 256]) -> &[u8; 256] {
 /// One super-block at a time; each register holds 64 numbers, four lanes for each of the four scales.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn dot_q6k<const R: usize>(rows: [&[u8]; R], x: &Operand) -> [f32; R] {
+fn dot_q6k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     let Int8 { q, d, bias, .. } = x.int8();
     let (q, d, bias) = (q.as_chunks::<256>().0, d.as_chunks::<8>().0, bias.as_chunks::<64>().0);
     let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);

@@ -17,8 +17,11 @@ pub use operand::Operand;
 
 use crate::{Isa, Matrix, Pool, isa};
 
-/// Bytes of weights that one claim reads: large against the cost of a claim (some 20 ns), small against a region.
-const CLAIM_BYTES: usize = 32 << 10;
+/// Least and most bytes of weights that one claim reads: large against the cost of a claim (some 20 ns) and against
+/// what is fetched beyond its end, small against a region.
+const CLAIM_BYTES: (usize, usize) = (8 << 10, 128 << 10);
+/// Claims per thread that a region is cut into, within these limits.
+const CLAIMS: usize = 16;
 /// Most rows that a kernel computes side by side.
 const WIDE: usize = 4;
 
@@ -95,8 +98,16 @@ impl<'a> Part<'a> {
         assert_eq!(y.len(), rows.len, "results and rows differ in number");
         assert_eq!(x.len(), w.cols(), "vector and rows differ in length");
         assert!(x.serves(w.format()), "the vector was not prepared for {}", w.format().name());
-        let per_claim = (CLAIM_BYTES / w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE);
-        Self { rows, x, y: y.as_mut_ptr(), per_claim }
+        Self { rows, x, y: y.as_mut_ptr(), per_claim: WIDE }
+    }
+
+    /// Rows times bytes.
+    fn bytes(&self) -> usize {
+        self.rows.len * self.rows.w.row_bytes()
+    }
+
+    fn cut(&mut self, claim_bytes: usize) {
+        self.per_claim = (claim_bytes / self.rows.w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE);
     }
 
     fn claims(&self) -> usize {
@@ -113,8 +124,11 @@ impl<'a> Part<'a> {
     }
 }
 
-fn run_parts(isa: Isa, pool: &Pool, parts: Vec<Part>) {
+fn run_parts(isa: Isa, pool: &Pool, mut parts: Vec<Part>) {
     assert!(isa.is_available(), "{isa} is not available here");
+    let bytes: usize = parts.iter().map(Part::bytes).sum();
+    let claim_bytes = (bytes / (CLAIMS * pool.threads())).clamp(CLAIM_BYTES.0, CLAIM_BYTES.1);
+    parts.iter_mut().for_each(|part| part.cut(claim_bytes));
     let claims = parts.iter().map(Part::claims).sum();
     pool.run(claims, &|_, mut claim| {
         for part in &parts {
