@@ -3,7 +3,7 @@
 mod common;
 
 use common::{shared, stories};
-use lacuna::tokenizer::{GgufVocab, Tokenizer};
+use lacuna::tokenizer::{GgufVocab, MAX_TEXT_BYTES, Tokenizer, TokenizerFiles};
 
 const HARD: [&str; 6] =
     ["", "a\tb  c", "caf\u{e9} \u{4f60}\u{597d}", "\u{201c}quoted\u{201d} \u{1F600}!", " leading", "trailing \n\n"];
@@ -118,4 +118,23 @@ fn byte_level_bpe_from_gguf_entries_gives_the_ids_of_tokenizer_json() {
         assert_eq!(gguf.encode(text, true).expect("encodes"), ids, "{text:?}");
         assert_eq!(gguf.decode(&ids), hf.decode(&ids));
     }
+}
+
+#[test]
+fn a_cut_tokenizer_is_an_error_wherever_it_is_cut() {
+    let Some(dir) = shared("models/stories260K/hf-f32") else { return };
+    let whole = std::fs::read(dir.join("tokenizer.json")).expect("readable");
+    let end = whole.trim_ascii_end().len();
+    for cut in (0..end).step_by(61).chain([end - 1]) {
+        let files = TokenizerFiles { tokenizer: whole[..cut].to_vec(), ..TokenizerFiles::default() };
+        assert!(Tokenizer::from_files(&files, "cut.json").is_err_and(|e| e.to_string().contains("cut.json")), "{cut}");
+    }
+}
+
+#[test]
+fn a_text_that_is_too_long_is_refused_with_both_numbers() {
+    let Some(dir) = shared("models/stories260K/hf-f32") else { return };
+    let t = Tokenizer::open(&dir).expect("a valid directory");
+    let message = t.encode(&" ".repeat(MAX_TEXT_BYTES + 1), true).expect_err("too long").to_string();
+    assert!(message.contains(&MAX_TEXT_BYTES.to_string()) && message.contains(&(MAX_TEXT_BYTES + 1).to_string()));
 }

@@ -63,10 +63,10 @@ impl Linears {
         for (linear, out) in parts.iter_mut() {
             let w = linear.weight.matrix();
             match linear.weight.orientation() {
-                Orientation::OutputMajor => jobs.push(gemv::Job { w, x: &self.operands[0], y: &mut **out }),
+                Orientation::OutputMajor => jobs.push(gemv::Job { w, x: &self.operands[0], y: out }),
                 Orientation::InputMajor => {
                     let index = &self.all[..x.len()];
-                    transposed.push(axpy::Job { wt: w, index, value: x, y: &mut **out });
+                    transposed.push(axpy::Job { wt: w, index, value: x, y: out });
                 }
             }
         }
@@ -116,7 +116,7 @@ impl Linears {
         }
         let jobs = parts.iter_mut().zip(&self.operands);
         let mut jobs: Vec<_> =
-            jobs.map(|((linear, _, out), x)| gemv::Job { w: linear.weight.matrix(), x, y: &mut **out }).collect();
+            jobs.map(|((linear, _, out), x)| gemv::Job { w: linear.weight.matrix(), x, y: out }).collect();
         gemv::run(pool, &mut jobs);
         parts.iter_mut().for_each(|(linear, _, out)| add_bias(pool, linear, out));
     }
@@ -128,7 +128,7 @@ impl Linears {
         self.input.prepare(pool, x, n, x.len() / n, &self.formats);
         let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
         for (linear, out) in parts.iter_mut() {
-            let job = gemm::Job { w: linear.weight.matrix(), x: &self.input, y: &mut **out, accumulate: false };
+            let job = gemm::Job { w: linear.weight.matrix(), x: &self.input, y: out, accumulate: false };
             match linear.weight.orientation() {
                 Orientation::OutputMajor => dot.push(job),
                 Orientation::InputMajor => axpy.push(job),
