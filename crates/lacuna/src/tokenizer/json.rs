@@ -57,7 +57,7 @@ impl Tokenizer {
     /// As [`Tokenizer::from_dir`].
     pub fn from_files(files: &TokenizerFiles, source: &str) -> Result<Self> {
         let error = |what: String| Error::Tokenizer { file: source.to_owned(), problem: what };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer).map_err(|e| error(e.to_string()))?;
+        let mut inner = pipeline(&files.tokenizer).map_err(error)?;
         inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
         inner.with_padding(None);
         let decoder = serde_json::to_value(inner.get_decoder()).map_err(|e| error(e.to_string()))?;
@@ -77,6 +77,16 @@ impl Tokenizer {
         };
         let encoder = Encoder::Pipeline { inner: Box::new(inner), template: true };
         Ok(Self { encoder, pieces, special, chat_template, source: source.to_owned() })
+    }
+}
+
+/// Builds the pipeline of `tokenizer.json`. The `tokenizers` crate (0.23) panics on some damaged files (`expect` in
+/// `decoders/mod.rs`): broken JSON is found before it sees them, and what is left becomes an error here.
+fn pipeline(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| e.to_string())?;
+    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
+        Ok(built) => built.map_err(|e| e.to_string()),
+        Err(_) => Err("a section has a form that the tokenizers library does not take".into()),
     }
 }
 
