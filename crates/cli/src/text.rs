@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn sizes_read_and_print() {
-        assert_eq!(bytes(636_018_688), "606.56 MiB");
+        assert_eq!(bytes(636_018_688), "606.55 MiB");
         assert_eq!(bytes(12), "12 B");
         assert_eq!(count(1_100_048_384), "1.10 B");
         assert_eq!(count(260_032), "260.03 K");

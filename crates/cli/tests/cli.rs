@@ -170,7 +170,7 @@ fn flags_win_over_the_environment_and_stops_end_the_text() {
         assert!(out.status.success(), "{}", stderr(&out));
         stdout(&out)
     };
-    assert_eq!(run(&[]).trim_end(), "Once upon a time, there");
+    assert_eq!(run(&[]).trim_end(), "Once upon a time, there was");
     assert!(run(&["-n", "40"]).contains("named Lily"));
     assert_eq!(run(&["-n", "40", "--stop", "Lily"]).trim_end(), "Once upon a time, there was a little girl named");
 }
