@@ -1,14 +1,17 @@
 //! What skipping costs and saves on one model: perplexity, bits per byte, divergence from dense, kept share and bytes.
 //!
-//! `cargo run --release -p lacuna --example sparse_quality -- MODEL_DIR STORIES.txt TEST_STORIES SPEC...` where the last
-//! `TEST_STORIES` of the last 300 documents (between `<|endoftext|>` lines) are scored, the first 40 documents calibrate,
-//! and each SPEC is a short form (`relu`, `teal=0.5`, `relu,teal=0.4`); `dense` alone scores all in chunks.
+//! `cargo run --release -p lacuna --example sparse_quality -- MODEL_DIR STORIES.txt TEST_STORIES SPEC...` where the
+//! first `TEST_STORIES` of the last 300 documents (between `<|endoftext|>` lines) are scored, the first 40 documents calibrate,
+//! and each SPEC is a short form (`relu`, `teal=0.5`, `relu,teal=0.4`); `dense` alone scores all in chunks. Plans are
+//! followed everywhere (no dense fall-back), and the base of the divergence decodes token by token as the plan does.
 
 use lacuna::{
     calibrate,
     engine::{
         Engine, Options,
+        break_even::BreakEven,
         compile::{CompileOptions, compile},
+        layouts::LayoutCache,
     },
     eval::{EngineSource, divergence, perplexity, windows},
     model::{LoadOptions, Model, load},
@@ -70,10 +73,10 @@ fn sparse(
     };
     let statistics = calibrate::observe(&mut forward, training, &needed.points, |_, _| {})?;
     let (plan, _) = calibrate::plan(&steps, &layers, &model.hash, &statistics)?;
-    let options = CompileOptions::for_model(None, &model.hash, dense.threads());
+    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense() };
     let compiled = compile(&plan, model, &options, dense.pool(), &|_, _| {})?;
     let engine = Engine::new(compiled.model, Options { plan: Some(compiled.plan), ..Options::default() })?;
-    let mut base = EngineSource::new(dense, 0, false)?;
+    let mut base = EngineSource::new(dense, 0, true)?;
     let mut source = EngineSource::new(&engine, 0, true)?;
     let d = divergence(&mut base, &mut source, test, Some(tokenizer.pieces()), |_| {})?;
     let counters = source.session().counters();

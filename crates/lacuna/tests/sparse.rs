@@ -16,7 +16,7 @@ use lacuna_core::{
     plan::{Entry, PLAN_VERSION, Plan, Rule, Selector},
     site::{Point, Proj},
 };
-use lacuna_kernels::{Format, Pool};
+use lacuna_kernels::Pool;
 use lacuna_methods::registry;
 use std::{
     path::{Path, PathBuf},
@@ -50,10 +50,7 @@ fn engine(model: &Arc<Model>, compiled: Option<&Compiled>) -> Engine {
 
 /// No cache on disk; `always`: no dense fall-back.
 fn compiled(plan: &Plan, model: &Arc<Model>, always: bool) -> Compiled {
-    let mut break_even = BreakEven::default();
-    if always {
-        Format::ALL.into_iter().for_each(|f| break_even.set(f, 1.0));
-    }
+    let break_even = if always { BreakEven::never_dense() } else { BreakEven::default() };
     let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even };
     compile(plan, model, &options, &Pool::new(2), &|_, _| {}).unwrap()
 }
@@ -151,6 +148,37 @@ fn a_plan_for_other_weights_or_places_is_refused() {
     assert!(error(&plan, &opt).contains("mlp.gate"));
     plan.entries[0].layer = 99;
     assert!(error(&plan, &opt).contains("layer 99"));
+}
+
+#[test]
+fn quantised_files_run_from_cached_copies_and_odd_rows_from_f16() {
+    for kind in ["q8_0", "q4_0"] {
+        let Some(file) = shared(&format!("models/stories260K/gguf/stories260K-{kind}.gguf")) else { return };
+        let model = model(&file);
+        let tokens = tokens_for(&model, 40);
+        let plan = calibrated("teal=0", &model, std::slice::from_ref(&tokens));
+        let dir = tempfile::tempdir().unwrap();
+        let with_cache = || {
+            let cache = LayoutCache::new(Some(dir.path()), &model.hash);
+            let options = CompileOptions { cache, break_even: BreakEven::never_dense() };
+            compile(&plan, &model, &options, &Pool::new(2), &|_, _| {}).unwrap()
+        };
+        let first = with_cache();
+        let notes = first.notes.join("\n");
+        assert!(notes.contains("kept as F16") && notes.contains("172 outputs") && notes.contains("quantised again"), "{notes}");
+        let second = with_cache();
+        let runs = [&first, &second].map(|c| logits(&engine(&c.model, Some(c)), &tokens, 4));
+        assert!(same_bits(&runs[0], &runs[1]), "made and mapped copies are the same");
+        let dense = logits(&engine(&first.model, None), &tokens, 4);
+        assert!(same_bits(&runs[0], &dense), "{kind}: all channels kept");
+        let files = std::fs::read_dir(dir.path().join("layouts").join(&model.hash)).unwrap().count();
+        assert_eq!(files, plan.entries.len());
+        // A kill in mid-write leaves a temporary file and no copy; damage is found by the checksum.
+        let entry = std::fs::read_dir(dir.path().join("layouts").join(&model.hash)).unwrap().next().unwrap().unwrap();
+        std::fs::rename(entry.path(), entry.path().with_file_name(".half.tmp")).unwrap();
+        let third = with_cache();
+        assert!(same_bits(&logits(&engine(&third.model, Some(&third)), &tokens, 4), &dense));
+    }
 }
 
 /// Documents of the stories file from the end (test) or the start (training), encoded with BOS.

@@ -27,6 +27,13 @@ pub struct BreakEven {
 }
 
 impl BreakEven {
+    /// Never falls back to dense: the plan is followed everywhere, for measures of quality.
+    pub fn never_dense() -> Self {
+        let mut all = Self::default();
+        Format::ALL.into_iter().for_each(|f| all.set(f, 1.0));
+        all
+    }
+
     /// What was stored for this machine's instruction set and `threads`; nothing, if there is no such file or it is
     /// damaged (the log says so): it can be measured again.
     pub fn load(root: Option<&Path>, threads: usize) -> Self {
@@ -137,6 +144,13 @@ fn median(mut values: Vec<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_measurement_is_a_share() {
+        let share = measure(&Pool::new(1), Format::F32, 256, 2048);
+        assert!((0.0..=1.0).contains(&share) && share > 0.0, "{share}: sparse products cannot lose at every share");
+        assert_eq!(BreakEven::never_dense().share(Format::Q4K), 1.0);
+    }
 
     #[test]
     fn stored_and_read_back_and_damage_is_no_error() {

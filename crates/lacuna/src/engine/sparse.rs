@@ -27,7 +27,8 @@ impl Selection {
     }
 }
 
-/// Projections of `x` whose inputs the plan selects, all in one region; `selections` has room for every part.
+/// Projections of `x` whose inputs the plan selects, all in one region; `selections` has room for every part. Parts with
+/// equal selectors (q, k, v under uniform thresholds) share one selection.
 pub(super) fn inputs(
     pool: &Pool,
     plan: &LayerPlan,
@@ -36,16 +37,23 @@ pub(super) fn inputs(
     mut parts: Vec<Part<'_>>,
     selections: &mut [Selection],
 ) {
-    for (part, selection) in parts.iter().zip(selections.iter_mut()) {
-        let Some(rule) = plan.input(part.proj) else { continue };
-        selection.select(rule.selector, x);
-        sparsity.counts.inputs[part.proj as usize].add(selection.index.len(), x.len());
-        *sparsity.bytes += (selection.index.len() * rule.weight.matrix().row_bytes()) as u64;
-    }
+    let mut made: Vec<Selector> = Vec::with_capacity(parts.len());
     let mut jobs = Vec::with_capacity(parts.len());
-    for (part, selection) in parts.iter_mut().zip(selections.iter()) {
+    for part in &parts {
         let Some(rule) = plan.input(part.proj) else { continue };
-        let (index, value) = (&selection.index[..], &selection.value[..]);
+        let at = made.iter().position(|s| *s == rule.selector).unwrap_or_else(|| {
+            made.push(rule.selector);
+            selections[made.len() - 1].select(rule.selector, x);
+            made.len() - 1
+        });
+        let kept = selections[at].index.len();
+        sparsity.counts.inputs[part.proj as usize].add(kept, x.len());
+        *sparsity.bytes += (kept * rule.weight.matrix().row_bytes()) as u64;
+    }
+    for part in parts.iter_mut() {
+        let Some(rule) = plan.input(part.proj) else { continue };
+        let Some(at) = made.iter().position(|s| *s == rule.selector) else { continue };
+        let (index, value) = (&selections[at].index[..], &selections[at].value[..]);
         jobs.push(axpy::Job { wt: rule.weight.matrix(), index, value, y: &mut *part.out });
     }
     axpy::run(pool, &mut jobs);
