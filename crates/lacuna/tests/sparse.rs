@@ -165,7 +165,10 @@ fn quantised_files_run_from_cached_copies_and_odd_rows_from_f16() {
         };
         let first = with_cache();
         let notes = first.notes.join("\n");
-        assert!(notes.contains("kept as F16") && notes.contains("172 outputs") && notes.contains("quantised again"), "{notes}");
+        assert!(
+            notes.contains("kept as F16") && notes.contains("172 outputs") && notes.contains("quantised again"),
+            "{notes}"
+        );
         let second = with_cache();
         let runs = [&first, &second].map(|c| logits(&engine(&c.model, Some(c)), &tokens, 4));
         assert!(same_bits(&runs[0], &runs[1]), "made and mapped copies are the same");
