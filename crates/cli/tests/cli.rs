@@ -199,7 +199,8 @@ fn bench_rows_parse() {
     assert_eq!(rows[0]["samples_ts"].as_array().expect("samples").len(), 2);
     assert!(rows[1]["bytes_per_token"].as_f64().expect("bytes") > 100_000.0);
     assert_eq!(rows[0]["model_n_params"], 260_032);
-    assert_eq!(with("jsonl").lines().map(|l| serde_json::from_str::<Value>(l).expect("JSON")).count(), 4);
+    let rows: Vec<Value> = with("jsonl").lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+    assert_eq!(rows.len(), 4);
     assert_eq!(with("csv").lines().count(), 5);
     assert_eq!(with("md").lines().count(), 6);
 }

@@ -56,7 +56,7 @@ fn settings_that_cannot_be_name_the_file_and_the_key() {
             &["`model.layers.0.mlp.gate_proj.weight`", "[74, 48]", "[75, 48]"],
         ),
         ("llama2", json!({"rms_norm_eps": -1.0}), &["`rms_norm_eps`"]),
-        ("llama2", json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), &["rope scaling `yarn`"].as_slice()),
+        ("llama2", json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), ["rope scaling `yarn`"].as_slice()),
         ("mixtral", json!({"num_experts_per_tok": 6}), &["`num_experts_per_tok`", "6 active experts of 5"]),
         ("opt", json!({"do_layer_norm_before": false}), &["opt-350m"]),
         ("gpt-neox", json!({"num_key_value_heads": 1}), &["fewer key/value heads"]),

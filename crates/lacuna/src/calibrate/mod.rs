@@ -100,13 +100,16 @@ pub fn windows(tokens: &[u32], context: usize, wanted: usize, seed: u64, bos: Op
     order.into_iter().map(cut).filter(|w| !w.is_empty()).collect()
 }
 
+/// Runs one sequence of tokens from an empty context and shows the observer its points.
+pub type Pass<'a> = dyn FnMut(&[u32], &mut dyn Observer) -> Result<()> + 'a;
+
 /// Runs the dense model over `windows` and reads `points`. `forward(tokens, observer)` runs one sequence from an empty
 /// context. `progress(done, all)` counts tokens.
 ///
 /// # Errors
 /// What `forward` returns; [`MethodError::NonFinite`] names the first point that held NaN or infinity.
 pub fn observe(
-    forward: &mut dyn FnMut(&[u32], &mut dyn Observer) -> Result<()>,
+    forward: &mut Pass<'_>,
     windows: &[Vec<u32>],
     points: &[Point],
     mut progress: impl FnMut(usize, usize),
