@@ -8,7 +8,7 @@
 //! * [`axpy`]: weighted sums of chosen input channels (decode).
 //! * [`convert`]: one run of numbers from and to its stored form.
 //! * [`elementwise`]: norms, softmax, rotary embedding, activations.
-//! * [`format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
+//! * [`mod@format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
 //! * [`gemm`]: matrix products for prefill.
 //! * [`gemv`]: dot products of one vector with all or chosen rows (decode).
 //! * [`isa`]: the one place that picks an instruction set.

@@ -5,7 +5,7 @@ use super::page::{KvType, Layout};
 /// Where the rows of a group keep their numbers. Strides are in numbers; all rows exist, padded ones included.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<A> {
-    /// Queries, [`Backend::queries`] numbers each.
+    /// Queries, `queries` numbers each.
     pub q: *const A,
     /// Stride of `q`.
     pub q_stride: usize,
@@ -32,7 +32,7 @@ pub(super) struct SoftmaxRow<A> {
     pub out: *mut f32,
     /// Numbers of `out`.
     pub d16: usize,
-    /// Scores of the block, a multiple of [`Backend::COLUMNS`].
+    /// Scores of the block, a multiple of `COLUMNS`.
     pub columns: usize,
     /// Keys of the block that the row sees.
     pub visible: (usize, usize),

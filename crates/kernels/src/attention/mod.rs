@@ -1,7 +1,7 @@
 //! Attention over a paged key/value cache: causal, grouped-query, with sliding window and score cap.
 //!
-//! [`decode`] computes one query against the whole cache and is bound by memory: it splits the cache into spans of
-//! fixed size, reads each key and value once for all query heads of its group, and computes in f32. [`prefill`]
+//! [`decode()`] computes one query against the whole cache and is bound by memory: it splits the cache into spans of
+//! fixed size, reads each key and value once for all query heads of its group, and computes in f32. [`prefill()`]
 //! computes many queries with blocked online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022)
 //! and is bound by arithmetic. In both, results are the same bits for any number of threads.
 
@@ -129,7 +129,7 @@ struct Job<'a> {
     q: &'a [f32],
 }
 
-/// [`decode`] with the instruction set `isa`, which this machine must have.
+/// [`decode()`] with the instruction set `isa`, which this machine must have.
 fn decode_with(isa: Isa, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
     job.cache.check(job.spec, job.start, 1, job.q.len(), out.len());
     match isa {
@@ -157,7 +157,7 @@ pub fn prefill(
     prefill_with(isa::get(), &Job { pool, spec, cache, start, q }, out, scratch);
 }
 
-/// [`prefill`] with the instruction set `isa`, which this machine must have.
+/// [`prefill()`] with the instruction set `isa`, which this machine must have.
 fn prefill_with(isa: Isa, job: &Job<'_>, out: &mut [f32], scratch: &mut Scratch) {
     let Job { spec, cache, start, q, .. } = *job;
     let width = spec.heads * spec.head_dim;

@@ -1,7 +1,7 @@
 //! What skipping costs: perplexity and divergence from the dense model, by llama.cpp's protocols so that figures compare.
 //!
-//! [`windows`] cuts a text into the windows of a protocol, [`source`] is where logits come from, [`perplexity`] and
-//! [`divergence`] measure. Everything is streamed: no file of base logits is written.
+//! [`windows`] cuts a text into the windows of a protocol, [`source`] is where logits come from, [`perplexity()`] and
+//! [`divergence()`] measure. Everything is streamed: no file of base logits is written.
 
 pub mod divergence;
 pub mod perplexity;

@@ -1,6 +1,6 @@
 //! Text to token ids and back: one [`Tokenizer`] for `tokenizer.json` and for the vocabularies inside GGUF files.
 //!
-//! Encoding follows the file (byte-level BPE through the `tokenizers` crate, or SPM with scores in [`spm`]). Decoding is
+//! Encoding follows the file (byte-level BPE through the `tokenizers` crate, or SPM with scores in `spm`). Decoding is
 //! the same for all of them: every id stands for a run of bytes ([`Pieces`]), so streaming can cut anywhere and hold
 //! back what is not yet a whole character.
 
