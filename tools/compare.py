@@ -30,7 +30,7 @@ def arguments(test, file, threads):
 
 def probe(ours):
     out = json.loads(subprocess.run([ours, "doctor", "--json"], capture_output=True, text=True, check=True).stdout)
-    return out["bandwidth"]
+    return {str(p["threads"]) + " threads": round(p["stream_gb_per_s"], 1) for p in out["probes"]}
 
 
 def main():
@@ -57,7 +57,7 @@ def main():
                 args = arguments(test, file, threads)
                 mine, theirs = [], []
                 for _ in range(a.rounds):
-                    mine.append(once([a.ours, "bench", *args, *shlex.split(a.ours_args)], env))
+                    mine.append(once([a.ours, "bench", "--no-probe", *args, *shlex.split(a.ours_args)], env))
                     theirs.append(once([a.peer, *args, *shlex.split(a.peer_args)]))
                 ratios = [x / y for x, y in zip(mine, theirs)]
                 cell = dict(file=os.path.basename(file), test=test, threads=threads, ours=mine, peer=theirs, ratio=statistics.median(ratios))

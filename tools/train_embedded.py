@@ -14,7 +14,7 @@ along a half cosine (in the logarithm) from its free value to --share (the idea 
 feedback is ours). Optimiser: Muon (momentum, orthogonalised by five Newton-Schulz steps) for the matrices of the
 blocks, AdamW for the rest.
 """
-import argparse, gzip, json, math, os, pathlib, random, sys, time
+import argparse, gzip, json, math, os, pathlib, random, time
 
 import torch
 import torch.nn.functional as F
@@ -322,7 +322,7 @@ def main():
                 parameters=params, tokens_trained=seen, steps=step, tokens_per_step=args.tokens, seed=args.seed,
                 bits_per_byte=round(bpb, 4), perplexity=round(ppl, 3), open_neurons=[round(v, 4) for v in sh],
                 protocol="last 300 stories of tinystories-sample, each alone after the start token, cut to 512 tokens" if step == steps else "first 60 of them",
-                history=log, command=" ".join(sys.argv)))
+                history=log))
     print("done", flush=True)
 
 

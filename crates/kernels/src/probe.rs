@@ -98,7 +98,7 @@ fn xor_body<const N: usize>(words: &[u64]) -> u64 {
 
 /// Peak rate of f32 multiply-adds in operations per second (a multiply-add counts as two), measured for `time`.
 pub fn peak_fma(pool: &Pool, time: Duration) -> f64 {
-    /// Multiply-adds of one claim, per lane and accumulator.
+    /// Multiply-adds of one claim, per lane and chain.
     const ROUNDS: usize = 20_000;
     let isa = isa::get();
     let chunks = pool.threads() * 8;
@@ -114,49 +114,60 @@ pub fn peak_fma(pool: &Pool, time: Duration) -> f64 {
     best
 }
 
-/// Runs `rounds` rounds of independent multiply-adds; returns the number of operations.
+/// Independent chains of multiply-adds: enough to cover their latency on every port, few enough for the registers.
+const CHAINS: usize = 12;
+
+/// Runs `rounds` rounds of [`CHAINS`] independent multiply-adds; returns the number of operations.
 fn multiply_add(isa: Isa, rounds: usize) -> u64 {
-    match isa {
+    let lanes = match isa {
         // SAFETY: `isa::get` names only instruction sets that the CPU has.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => unsafe { multiply_add_avx512(rounds) },
+        Isa::Avx512 | Isa::Amx => unsafe { chains_avx512(rounds) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { multiply_add_avx2(rounds) },
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => multiply_add_body::<4, 16>(rounds, |a, b, c| a.mul_add(b, c)),
-        _ => multiply_add_body::<4, 8>(rounds, |a, b, c| a * b + c),
-    }
+        Isa::Avx2 => unsafe { chains_avx2(rounds) },
+        _ => chains_plain(rounds),
+    };
+    (2 * rounds * CHAINS * lanes) as u64
+}
+
+/// One function per width: the chains stay in registers only if the compiler sees one vector per chain.
+#[cfg(target_arch = "x86_64")]
+macro_rules! chains {
+    ($name:ident, $features:literal, $lanes:literal, $set:ident, $fma:ident) => {
+        #[target_feature(enable = $features)]
+        fn $name(rounds: usize) -> usize {
+            use std::arch::x86_64::*;
+            let (factor, term) = ($set(black_box(0.999)), $set(black_box(0.001)));
+            let mut acc = [$set(1.0); CHAINS];
+            for _ in 0..rounds {
+                for v in &mut acc {
+                    *v = $fma(*v, factor, term);
+                }
+            }
+            black_box(acc);
+            $lanes
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_add_avx512(rounds: usize) -> u64 {
-    multiply_add_body::<16, 12>(rounds, |a, b, c| a.mul_add(b, c))
-}
-
+chains!(chains_avx512, "avx512f", 16, _mm512_set1_ps, _mm512_fmadd_ps);
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_add_avx2(rounds: usize) -> u64 {
-    multiply_add_body::<8, 12>(rounds, |a, b, c| a.mul_add(b, c))
-}
+chains!(chains_avx2, "avx2,fma", 8, _mm256_set1_ps, _mm256_fmadd_ps);
 
-#[inline(always)]
-fn multiply_add_body<const LANES: usize, const CHAINS: usize>(
-    rounds: usize,
-    step: impl Fn(f32, f32, f32) -> f32,
-) -> u64 {
+/// What the compiler makes of plain code on its own.
+fn chains_plain(rounds: usize) -> usize {
+    const LANES: usize = 4;
     let (factor, term) = (black_box(0.999_f32), black_box(0.001_f32));
     let mut acc = [[1.0_f32; LANES]; CHAINS];
     for _ in 0..rounds {
-        for lanes in &mut acc {
-            for v in lanes {
-                *v = step(*v, factor, term);
-            }
+        for v in acc.as_flattened_mut() {
+            *v = *v * factor + term;
         }
     }
     black_box(acc);
-    (2 * rounds * LANES * CHAINS) as u64
+    LANES
 }
 
 #[cfg(test)]

@@ -2,7 +2,11 @@
 
 use crate::{Outcome, table::Table, text};
 use anyhow::Result;
-use lacuna::{cache, engine::break_even::BreakEven};
+use indicatif::{ProgressBar, ProgressStyle};
+use lacuna::{
+    cache,
+    engine::break_even::{self, BreakEven},
+};
 use lacuna_kernels::{
     Format, Pool,
     isa::{self, Isa},
@@ -23,9 +27,12 @@ const STREAM_BYTES: usize = 512 << 20;
 /// Arguments of `lacuna doctor`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Skip what takes seconds: bandwidth and multiply-adds.
+    /// Skip what takes seconds: bandwidth, multiply-adds and break-even shares.
     #[arg(long)]
     no_probe: bool,
+    /// Measure the break-even shares again, even if they are stored.
+    #[arg(long, conflicts_with = "no_probe")]
+    remeasure: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -34,7 +41,12 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
     let mut facts = facts();
-    facts["probes"] = if args.no_probe { json!([]) } else { probes() };
+    facts["probes"] = json!([]);
+    if !args.no_probe {
+        facts["probes"] = probes();
+        measure_break_even(args.remeasure)?;
+    }
+    facts["break_even"] = stored_break_even();
     let mut out = stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&facts)?)?;
@@ -93,10 +105,37 @@ fn all_threads() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get())
 }
 
+/// Formats whose weights are stored input-major for sparse decode.
+const INPUT_MAJOR: [Format; 5] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0];
+
+/// Measures the break-even share of each format with one thread and with all, and stores it for the engine; what is
+/// stored already stays unless `again`.
+fn measure_break_even(again: bool) -> Result<()> {
+    const WIDTH: usize = 4096;
+    let Some(root) = cache::root() else { return Ok(()) };
+    let mut counts = vec![1, all_threads()];
+    counts.dedup();
+    counts.retain(|&n| again || BreakEven::load(Some(&root), n) == BreakEven::default());
+    let bar = ProgressBar::new((counts.len() * INPUT_MAJOR.len()) as u64);
+    bar.set_style(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?);
+    bar.set_message("measuring sparse against dense products");
+    for threads in counts {
+        let pool = Pool::new(threads);
+        let mut found = BreakEven::default();
+        for format in INPUT_MAJOR {
+            found.set(format, break_even::measure(&pool, format, WIDTH, WIDTH));
+            bar.inc(1);
+        }
+        found.save(&root, threads)?;
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
 /// The share per format at which the engine falls back to dense on this machine.
-fn break_even() -> Value {
+fn stored_break_even() -> Value {
     let found = BreakEven::load(cache::root().as_deref(), all_threads());
-    Format::ALL.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
+    INPUT_MAJOR.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
 }
 
 fn facts() -> Value {
@@ -106,7 +145,6 @@ fn facts() -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "cpu": cpu_name(),
         "threads": all_threads(),
-        "break_even": break_even(),
         "isa": isa::get().name(),
         "isa_available": isa::available().iter().map(|i: &Isa| i.name()).collect::<Vec<_>>(),
         "memory_total": memory("MemTotal"),
