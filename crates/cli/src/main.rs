@@ -11,7 +11,12 @@ mod verbs;
 
 use anyhow::{Result, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use std::{env, ffi::OsString, io, process::ExitCode};
+use std::{
+    env,
+    ffi::OsString,
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 use tracing_subscriber::EnvFilter;
 
 /// Run neural networks through their sparsity.
@@ -98,7 +103,8 @@ fn log(verbose: u8) -> Result<()> {
         Ok(text) if !text.is_empty() => EnvFilter::try_new(&text).map_err(|e| anyhow!("LACUNA_LOG={text:?}: {e}"))?,
         _ => EnvFilter::new(level),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().with_target(false).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time();
+    log.with_ansi(io::stderr().is_terminal()).with_target(false).init();
     Ok(())
 }
 
