@@ -284,6 +284,8 @@ def main():
 
     forward = torch.compile(losses, dynamic=False)
     first = step
+    for _ in range(first):  # a resumed run goes on in the text where it stopped
+        next(data)
     while step < steps:
         scale = learning_rate(step, steps, warm)
         for o, bs in zip(opts, base):
