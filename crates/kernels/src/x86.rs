@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
-/// How far ahead of the reads a row is prefetched at most, in bytes.
-const AHEAD: usize = 4096;
+/// How far ahead of the reads a row is prefetched at most, in bytes (measured: 1 KiB to 4 KiB differ little).
+const AHEAD: usize = 2048;
 
 /// Rows computed side by side, and those that come next: what is read soon is fetched evenly, a few lines per step,
 /// because bursts stall on the limited number of outstanding misses.

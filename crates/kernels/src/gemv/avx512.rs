@@ -12,22 +12,22 @@ use crate::x86::{Ahead, last_group};
 use half::f16;
 use std::arch::x86_64::*;
 
-/// Computes the rows of a claim, four at a time. The CPU must have [`crate::Isa::Avx512`].
+/// Computes the rows of a claim, four at a time and far apart: hardware prefetchers follow one stream per page, so rows
+/// of adjacent memory would leave them one stream where they could follow four. The CPU must have [`crate::Isa::Avx512`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
     macro_rules! drive {
         ($dot:ident) => {{
-            let (groups, rest) = y.as_chunks_mut::<WIDE>();
-            let mut i = 0;
-            for y in groups {
-                let group: [_; WIDE] = std::array::from_fn(|k| rows.get(i + k));
-                let next = std::array::from_fn(|k| rows.peek(i + WIDE + k).unwrap_or(group[k]));
-                *y = $dot(Ahead::new(group, next), x);
-                i += WIDE;
+            let stretch = y.len() / WIDE;
+            for i in 0..stretch {
+                let group: [_; WIDE] = std::array::from_fn(|k| rows.get(i + k * stretch));
+                let next = std::array::from_fn(|k| rows.peek(i + 1 + k * stretch).unwrap_or(group[k]));
+                for (k, sum) in $dot(Ahead::new(group, next), x).into_iter().enumerate() {
+                    y[i + k * stretch] = sum;
+                }
             }
-            for y in rest {
-                [*y] = $dot(Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]), x);
-                i += 1;
+            for i in stretch * WIDE..y.len() {
+                [y[i]] = $dot(Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]), x);
             }
         }};
     }
