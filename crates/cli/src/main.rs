@@ -4,6 +4,7 @@
 
 mod args;
 mod open;
+mod report;
 mod sparse;
 mod table;
 mod text;
@@ -42,6 +43,8 @@ enum Verb {
     Bench(verbs::bench::Args),
     /// Measure quality on a text: perplexity, or the divergence from a dense base.
     Eval(verbs::eval::Args),
+    /// Compare plans on one model: quality against bytes and time, as a page with charts or a table.
+    Compare(verbs::compare::Args),
     /// Observe a calibration text and store the plan of a sparse method.
     Calibrate(verbs::calibrate::Args),
     /// Show what is in a model file, and the memory it will take.
@@ -87,6 +90,7 @@ fn run(cli: Cli) -> Result<Outcome> {
         Some(Verb::Chat(a)) => verbs::chat::run(a),
         Some(Verb::Bench(a)) => verbs::bench::run(a),
         Some(Verb::Eval(a)) => verbs::eval::run(a),
+        Some(Verb::Compare(a)) => verbs::compare::run(a),
         Some(Verb::Calibrate(a)) => verbs::calibrate::run(a),
         Some(Verb::Inspect(a)) => verbs::inspect::run(a),
         Some(Verb::Doctor(a)) => verbs::doctor::run(a),

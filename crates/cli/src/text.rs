@@ -59,6 +59,39 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     if bytes < u64::MAX as f64 { Ok(bytes as u64) } else { Err(expected()) }
 }
 
+/// A CSV field in quotes (RFC 4180).
+pub fn csv_field(text: &str) -> String {
+    format!("\"{}\"", text.replace('"', "\"\""))
+}
+
+/// A word as a POSIX shell reads it back: in single quotes where it has to be.
+pub fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// Date and time now, UTC: `2026-11-22 05:40 UTC`.
+pub fn utc_now() -> String {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    utc(since.as_secs())
+}
+
+/// Seconds since 1970 as a date (the algorithm is H. Hinnant's `civil_from_days`).
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = year + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02} UTC", rest / 3600, rest / 60 % 60)
+}
+
 /// Mean and sample standard deviation (0 for fewer than two).
 pub fn mean_sd(samples: &[f64]) -> (f64, f64) {
     let n = samples.len() as f64;
@@ -86,6 +119,17 @@ mod tests {
         for bad in ["", "G", "-1", "1X", "1GG", "1e400", "nan", "99999999999T"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn dates_and_words() {
+        assert_eq!(utc(0), "1970-01-01 00:00 UTC");
+        assert_eq!(utc(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(utc(1_795_324_800 + 61), "2026-11-22 05:21 UTC");
+        assert_eq!(shell("relu,teal=0.5"), "relu,teal=0.5");
+        assert_eq!(shell("it's <b>"), "'it'\\''s <b>'");
+        assert_eq!(shell(""), "''");
+        assert_eq!(csv_field("a\"b"), "\"a\"\"b\"");
     }
 
     #[test]

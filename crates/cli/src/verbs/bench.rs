@@ -314,7 +314,7 @@ fn print_all(form: Output, rows: &[Row]) -> Result<()> {
             for (i, row) in rows.iter().enumerate() {
                 let value = serde_json::to_value(row)?;
                 let fields = value.as_object().into_iter().flatten();
-                let (names, cells): (Vec<_>, Vec<_>) = fields.map(|(k, v)| (quote(k), cell(v))).unzip();
+                let (names, cells): (Vec<_>, Vec<_>) = fields.map(|(k, v)| (text::csv_field(k), cell(v))).unzip();
                 if i == 0 {
                     writeln!(out, "{}", names.join(","))?;
                 }
@@ -328,15 +328,10 @@ fn print_all(form: Output, rows: &[Row]) -> Result<()> {
 fn cell(value: &serde_json::Value) -> String {
     match value {
         serde_json::Value::Null => String::new(),
-        serde_json::Value::String(s) => quote(s),
+        serde_json::Value::String(s) => text::csv_field(s),
         serde_json::Value::Number(n) => n.to_string(),
-        other => quote(&other.to_string()),
+        other => text::csv_field(&other.to_string()),
     }
-}
-
-/// A CSV field in quotes (RFC 4180).
-fn quote(text: &str) -> String {
-    format!("\"{}\"", text.replace('"', "\"\""))
 }
 
 fn markdown(rows: &[Row]) -> String {

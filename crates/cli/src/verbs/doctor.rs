@@ -101,7 +101,8 @@ fn probes() -> Value {
     counts.into_iter().map(one).collect()
 }
 
-fn all_threads() -> usize {
+/// Threads that the system gives this program.
+pub fn all_threads() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get())
 }
 
@@ -154,7 +155,8 @@ fn facts() -> Value {
     })
 }
 
-fn cpu_name() -> Option<String> {
+/// Name of the processor, where the system tells it.
+pub fn cpu_name() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod calibrate;
 pub mod chat;
+pub mod compare;
 pub mod demo;
 pub mod doctor;
 pub mod eval;

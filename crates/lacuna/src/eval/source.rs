@@ -138,7 +138,7 @@ fn check(source: &dyn LogitSource, window: &Window) -> Result<()> {
 }
 
 /// Log-softmax of one row, as llama.cpp computes it: the sum in double precision.
-pub(super) struct LogSoftmax {
+pub(crate) struct LogSoftmax {
     max: f32,
     log_sum: f64,
 }
