@@ -8,6 +8,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod multi;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -113,6 +114,11 @@ const PIECE_BYTES: (usize, usize) = (512, 2048);
 /// Outputs `first..first + y.len()`.
 fn compute(isa: Isa, channels: &Channels, first: usize, y: &mut [f32]) {
     y.fill(0.0);
+    accumulate(isa, channels, first, y);
+}
+
+/// Adds the channels to the outputs `first..first + y.len()`.
+fn accumulate(isa: Isa, channels: &Channels, first: usize, y: &mut [f32]) {
     let live = Live { channels, first, len: y.len(), at: 0 };
     match isa {
         // SAFETY: `run_on` has checked that the CPU has this instruction set.
