@@ -76,14 +76,14 @@ impl<'a> Part<'a> {
         let first = claim * self.per_claim;
         let len = self.per_claim.min(cols - first);
         let piece = (self.wt.row_bytes() * len / cols.max(1)).max(1);
-        let step = (BLOCK_BYTES / piece).max(1) as u32;
+        let step = if self.x.len() == 1 { self.wt.rows() } else { (BLOCK_BYTES / piece).max(1) };
         let mut at = vec![0; self.x.len()];
         let mut end = 0;
         for i in 0..self.x.len() {
             self.results(i, first, len).fill(0.0);
         }
         while at.iter().zip(self.x).any(|(at, (index, _))| *at < index.len()) {
-            end += step;
+            end += step as u32;
             for (i, ((index, value), at)) in self.x.iter().zip(&mut at).enumerate() {
                 let n = index[*at..].iter().take_while(|&&c| c < end).count();
                 let (index, value) = (&index[*at..*at + n], &value[*at..*at + n]);

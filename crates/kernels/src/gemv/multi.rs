@@ -82,7 +82,10 @@ impl<'a> Part<'a> {
 
     fn run_claim(&self, isa: Isa, claim: usize) {
         let end = self.w.rows().min((claim + 1) * self.per_claim);
-        let block = (BLOCK_BYTES / self.w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE);
+        let block = match self.x {
+            [_] => self.per_claim,
+            _ => (BLOCK_BYTES / self.w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE),
+        };
         let mut start = claim * self.per_claim;
         while start < end {
             let len = block.min(end - start);

@@ -57,46 +57,51 @@ impl Forward<'_> {
         let Workspace { h, linears, experts: buffers, .. } = &mut *self.ws;
         let scores = sized(&mut buffers.scores, n * experts.len());
         match self.mode {
-            Mode::Decode => linears.dense(pool, h, &mut [(router, &mut *scores)]),
+            Mode::Decode | Mode::Dense => linears.dense(pool, h, n, &mut [(router, &mut *scores)]),
             Mode::Prefill => linears.prefill(pool, h, n, &mut [(router, &mut *scores)]),
         }
         route(scores, experts.len(), active, normalise, &mut buffers.routes);
         sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
         match self.mode {
-            Mode::Decode => {
+            Mode::Decode | Mode::Dense => {
                 self.counters.weight_bytes += router.weight.bytes().len() as u64;
-                self.decode_experts(experts, act);
+                self.decode_experts(experts, act, n);
             }
             Mode::Prefill => self.prefill_experts(experts, act),
         }
     }
 
-    fn decode_experts(&mut self, experts: &[Gated], act: Activation) {
+    fn decode_experts(&mut self, experts: &[Gated], act: Activation, n: usize) {
         let pool = &self.shared.pool;
         let width = self.shared.model.spec.width;
         let Workspace { h, y, gate, up, linears, experts: buffers, .. } = &mut *self.ws;
         let routes = &buffers.routes;
         let inner = experts[0].gate.weight.outputs();
         let (gate, up) = (sized(gate, routes.len() * inner), sized(up, routes.len() * inner));
-        let mut parts: Vec<(&Linear, &mut [f32])> = Vec::with_capacity(2 * routes.len());
-        for ((r, gate), up) in routes.iter().zip(gate.chunks_exact_mut(inner)).zip(up.chunks_exact_mut(inner)) {
-            let w = &experts[r.expert];
-            parts.push((&w.gate, gate));
-            parts.push((&w.up, up));
+        let mut parts: Vec<(&Linear, Vec<usize>, &mut [f32])> = Vec::with_capacity(2 * routes.len());
+        let (mut gates, mut ups) = (&mut *gate, &mut *up);
+        for group in routes.chunk_by(|a, b| a.expert == b.expert) {
+            let (w, tokens) = (&experts[group[0].expert], group.iter().map(|r| r.token));
+            let gate = gates.split_off_mut(..group.len() * inner).unwrap_or_default();
+            let up = ups.split_off_mut(..group.len() * inner).unwrap_or_default();
+            parts.push((&w.gate, tokens.clone().collect(), gate));
+            parts.push((&w.up, tokens.collect(), up));
             let bytes = [&w.gate, &w.up, &w.down].map(|l| l.weight.bytes().len() as u64);
             self.counters.weight_bytes += bytes.iter().sum::<u64>();
         }
-        linears.dense(pool, h, &mut parts);
+        linears.chosen(pool, h, n, &mut parts);
         gate_rows(pool, act, gate, up, inner);
-        let results = sized(&mut buffers.results, routes.len() * width);
-        let mut parts: Vec<_> = routes
-            .iter()
-            .zip(up.chunks_exact(inner))
-            .zip(results.chunks_exact_mut(width))
-            .map(|((r, x), out)| (&experts[r.expert].down, x, out))
-            .collect();
-        linears.dense_each(pool, &mut parts);
-        for (r, result) in routes.iter().zip(results.chunks_exact(width)) {
+        let mut results = sized(&mut buffers.results, routes.len() * width);
+        let (mut parts, mut first) = (Vec::with_capacity(routes.len()), 0);
+        for group in routes.chunk_by(|a, b| a.expert == b.expert) {
+            let out = results.split_off_mut(..group.len() * width).unwrap_or_default();
+            parts.push((&experts[group[0].expert].down, (first..first + group.len()).collect(), out));
+            first += group.len();
+        }
+        linears.chosen(pool, up, routes.len(), &mut parts);
+        // Ascending experts for every token, as when it is alone.
+        for (r, result) in routes.iter().zip(buffers.results.chunks_exact(width)) {
+            let y = &mut y[r.token * width..(r.token + 1) * width];
             y.iter_mut().zip(result).for_each(|(y, v)| *y += r.share * v);
         }
     }

@@ -1,9 +1,12 @@
-//! The forward pass over some tokens of one session: one vector through dot-form products while decoding, many rows
+//! The forward pass over some tokens, of one session or of several: rows through dot-form products while decoding,
 //! through matrix products in prefill. The order of operations is that of [`crate::reference`].
+//!
+//! A decoded row has the same bits whatever else is in the pass: every product, norm and attention of it is computed as
+//! if it were alone, and only the reads of the weights are shared.
 
 use super::{
     compiled::Counters,
-    kv::KvCache,
+    kv::Places,
     linear::{Linears, Part, Sparsity},
     rows,
     shared::Shared,
@@ -21,8 +24,10 @@ use lacuna_kernels::{Pool, attention, convert::decode_run, elementwise};
 /// How products are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// One token; the plan applies.
+    /// Rows that do not depend on their company; the plan applies.
     Decode,
+    /// The same without the plan.
+    Dense,
     /// Any number of tokens, dense.
     Prefill,
 }
@@ -55,12 +60,10 @@ pub(super) struct Workspace {
 /// One pass.
 pub(super) struct Forward<'a> {
     pub shared: &'a Shared,
-    pub kv: &'a mut KvCache,
+    pub places: Places<'a>,
     pub ws: &'a mut Workspace,
     pub counters: &'a mut Counters,
     pub observer: &'a mut dyn Observer,
-    /// Position of the first token.
-    pub start: usize,
     pub mode: Mode,
 }
 
@@ -90,23 +93,12 @@ fn normalise_in_place(pool: &Pool, spec: &Spec, norm: &Norm, x: &mut [f32], copy
 impl Forward<'_> {
     /// Runs all blocks over `tokens`; the residual stream is left in the workspace, the keys and values in the cache.
     pub fn run(&mut self, tokens: &[u32]) {
-        self.kv.grow(self.start + tokens.len());
+        self.places.grow();
         self.embed(tokens);
         self.rotations(tokens.len());
         for layer in 0..self.shared.model.blocks.len() {
             self.block(layer, tokens.len());
         }
-    }
-
-    /// The final norm of row `row` of the residual stream, or of all rows.
-    pub fn head_input(&mut self, row: Option<usize>) -> &[f32] {
-        let (spec, pool) = (&self.shared.model.spec, &self.shared.pool);
-        let width = spec.width;
-        let Workspace { x, h, .. } = &mut *self.ws;
-        let x = row.map_or(&x[..], |r| &x[r * width..(r + 1) * width]);
-        normalise(pool, spec, &self.shared.model.final_norm, x, sized(h, x.len()));
-        show(self.observer, Point::Head, width, h);
-        h
     }
 
     fn embed(&mut self, tokens: &[u32]) {
@@ -117,7 +109,7 @@ impl Forward<'_> {
             (Position::Learned { offset }, Some(table)) => Some((*offset, table.matrix())),
             _ => None,
         };
-        let start = self.start;
+        let places = &self.places;
         rows::each(&self.shared.pool, x, spec.width, |i, row| {
             decode_run(embed.format(), embed.row(tokens[i] as usize), row);
             if spec.embed_scale != 1.0 {
@@ -125,7 +117,7 @@ impl Forward<'_> {
             }
             if let Some((offset, table)) = learned {
                 let mut position = vec![0.0; spec.width];
-                decode_run(table.format(), table.row(start + i + offset), &mut position);
+                decode_run(table.format(), table.row(places.position(i) + offset), &mut position);
                 elementwise::add(row, &position);
             }
         });
@@ -141,7 +133,7 @@ impl Forward<'_> {
             let half = rope.freqs.len();
             let (cos, sin) = (sized(&mut cos[r], n * half), sized(&mut sin[r], n * half));
             for (i, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
-                elementwise::rope_table(&rope.freqs, self.start + i, rope.factor, cos, sin);
+                elementwise::rope_table(&rope.freqs, self.places.position(i), rope.factor, cos, sin);
             }
         }
     }
@@ -195,11 +187,18 @@ impl Forward<'_> {
         let Workspace { q, attended, scratch, .. } = &mut *self.ws;
         let attended = sized(attended, n * q_width);
         let asked = attention_spec(block);
-        let (mode, start) = (self.mode, self.start);
-        self.kv.read(layer, block, |cache| match mode {
-            Mode::Decode => attention::decode(pool, &asked, cache, start + 1, q, attended, scratch),
-            Mode::Prefill => attention::prefill(pool, &asked, cache, start, q, attended, scratch),
-        });
+        let (mode, places) = (self.mode, &self.places);
+        if mode == Mode::Prefill {
+            places.read(0, layer, block, |cache| {
+                attention::prefill(pool, &asked, cache, places.position(0), q, attended, scratch);
+            });
+        } else {
+            for (i, (q, out)) in q.chunks_exact(q_width).zip(attended.chunks_exact_mut(q_width)).enumerate() {
+                places.read(i, layer, block, |cache| {
+                    attention::decode(pool, &asked, cache, places.position(i) + 1, q, out, scratch);
+                });
+            }
+        }
         show(self.observer, Point::Input { layer, proj: Proj::O }, q_width, attended);
         let Workspace { attended, branch, linears, .. } = &mut *self.ws;
         let parts = [(Proj::O, &weights.o, sized(branch, n * spec.width))];
@@ -228,7 +227,7 @@ impl Forward<'_> {
                 });
             }
         }
-        self.kv.write(pool, layer, block, self.start, k, v);
+        self.places.write(pool, layer, block, k, v);
     }
 }
 
@@ -256,10 +255,24 @@ pub(super) fn project<const N: usize>(
     match mode {
         Mode::Decode => {
             let parts = parts.into_iter().map(|(proj, linear, out)| Part { proj, linear, out }).collect();
-            linears.decode(&shared.pool, &mut sparsity(shared, layer, counters), x, parts);
+            linears.decode(&shared.pool, &mut sparsity(shared, layer, counters), x, n, parts);
+        }
+        Mode::Dense => {
+            counters.weight_bytes += parts.iter().map(|p| p.1.weight.bytes().len() as u64).sum::<u64>();
+            linears.dense(&shared.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out)));
         }
         Mode::Prefill => linears.prefill(&shared.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out))),
     }
+}
+
+/// The final norm of row `row` of the residual stream, or of all rows; it is left in `h`.
+pub(super) fn head_input(shared: &Shared, ws: &mut Workspace, observer: &mut dyn Observer, row: Option<usize>) {
+    let spec = &shared.model.spec;
+    let width = spec.width;
+    let Workspace { x, h, .. } = ws;
+    let x = row.map_or(&x[..], |r| &x[r * width..(r + 1) * width]);
+    normalise(&shared.pool, spec, &shared.model.final_norm, x, sized(h, x.len()));
+    show(observer, Point::Head, width, h);
 }
 
 /// The plan and the counters of a layer.

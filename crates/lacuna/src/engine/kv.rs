@@ -9,7 +9,10 @@ use lacuna_kernels::{
     Pool,
     attention::{Cache, KvShape, KvType, PAGE_LEN, PageBuf, page_bytes, write},
 };
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// Where the page of each layer lies in a block, and the blocks that no session uses.
 pub(super) struct BlockPool {
@@ -59,20 +62,22 @@ impl BlockPool {
     }
 }
 
-/// The keys and values of one session.
+/// The keys and values of one session, or those of a fork of it.
 pub(super) struct KvCache {
     pool: Arc<BlockPool>,
+    /// Blocks that a fork shares with its trunk; 0 for the trunk.
+    first: usize,
     blocks: Vec<PageBuf>,
 }
 
 impl KvCache {
     pub fn new(pool: Arc<BlockPool>) -> Self {
-        Self { pool, blocks: Vec::new() }
+        Self { pool, first: 0, blocks: Vec::new() }
     }
 
     /// Makes room for `len` positions.
     pub fn grow(&mut self, len: usize) {
-        while self.blocks.len() < len.div_ceil(PAGE_LEN) {
+        while self.first + self.blocks.len() < len.div_ceil(PAGE_LEN) {
             self.blocks.push(self.pool.take());
         }
     }
@@ -83,15 +88,36 @@ impl KvCache {
         self.pool.give(self.blocks.drain(keep..));
     }
 
+    /// Another continuation of the first `len` positions: shares the whole blocks and copies the one that is partly full.
+    pub fn fork(&self, len: usize) -> Self {
+        let first = len / PAGE_LEN;
+        let copy = |block: &PageBuf| {
+            let mut copy = self.pool.take();
+            copy.copy_from_slice(block);
+            copy
+        };
+        let partial = if len.is_multiple_of(PAGE_LEN) { &[] } else { &self.blocks[first..=first] };
+        Self { pool: self.pool.clone(), first, blocks: partial.iter().map(copy).collect() }
+    }
+
+    /// Goes on as `fork`, which was made from this cache.
+    pub fn adopt(&mut self, mut fork: Self) {
+        self.truncate(fork.first * PAGE_LEN);
+        self.blocks.append(&mut fork.blocks);
+    }
+
     /// Stores keys and values (`kv_heads * head_dim` numbers per position) of positions from `start` on; blocks are
     /// shared among the threads.
     pub fn write(&mut self, pool: &Pool, layer: usize, block: &BlockSpec, start: usize, k: &[f32], v: &[f32]) {
         let width = block.kv_heads * block.head_dim;
         let (range, ty) = (self.page(layer, block), self.pool.ty);
         let (n, mut done, mut parts) = (k.len() / width, 0, Vec::new());
-        for buffer in &mut self.blocks[start / PAGE_LEN..] {
+        for buffer in &mut self.blocks[start / PAGE_LEN - self.first..] {
             let slot = (start + done) % PAGE_LEN;
             let rows = done..n.min(done + PAGE_LEN - slot);
+            if rows.is_empty() {
+                break;
+            }
             done = rows.end;
             parts.push(Mutex::new((&mut buffer[range.clone()], slot, rows)));
         }
@@ -106,16 +132,17 @@ impl KvCache {
         });
     }
 
-    fn page(&self, layer: usize, block: &BlockSpec) -> std::ops::Range<usize> {
+    fn page(&self, layer: usize, block: &BlockSpec) -> Range<usize> {
         let start = self.pool.offsets[layer];
         let bytes = page_bytes(self.pool.ty, shape(block)).expect("checked when the pool was made");
         start..start + bytes
     }
 
-    /// Calls `f` with the pages of `layer`.
-    pub fn read<R>(&self, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
+    /// Calls `f` with the pages of `layer`; `trunk` is what a fork was made from.
+    pub fn read<R>(&self, trunk: &Self, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
         let range = self.page(layer, block);
-        let pages: Vec<&[u8]> = self.blocks.iter().map(|b| &b[range.clone()]).collect();
+        let blocks = trunk.blocks[..self.first].iter().chain(&self.blocks);
+        let pages: Vec<&[u8]> = blocks.map(|b| &b[range.clone()]).collect();
         f(&Cache { ty: self.pool.ty, page_len: PAGE_LEN, pages: &pages })
     }
 }
@@ -123,6 +150,68 @@ impl KvCache {
 impl Drop for KvCache {
     fn drop(&mut self) {
         self.truncate(0);
+    }
+}
+
+/// Where one row of a pass lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Its position.
+    pub position: usize,
+    /// The caches that get its keys and values; its query sees the first.
+    pub caches: Range<usize>,
+}
+
+/// Where the rows of a pass lie: in one context behind one another, in several contexts, or on the paths of a tree.
+pub(super) struct Places<'a> {
+    /// Contexts; or a trunk and its forks.
+    caches: Vec<&'a mut KvCache>,
+    rows: Vec<Place>,
+}
+
+impl<'a> Places<'a> {
+    /// `n` rows from position `start` on.
+    pub fn following(kv: &'a mut KvCache, start: usize, n: usize) -> Self {
+        Self { caches: vec![kv], rows: (start..start + n).map(|position| Place { position, caches: 0..1 }).collect() }
+    }
+
+    /// Rows anywhere. Forks stand behind their trunk, which is then the first cache.
+    pub fn new(caches: Vec<&'a mut KvCache>, rows: Vec<Place>) -> Self {
+        Self { caches, rows }
+    }
+
+    /// Position of a row.
+    pub fn position(&self, row: usize) -> usize {
+        self.rows[row].position
+    }
+
+    /// Makes room for all rows.
+    pub fn grow(&mut self) {
+        for place in &self.rows {
+            for cache in &mut self.caches[place.caches.clone()] {
+                cache.grow(place.position + 1);
+            }
+        }
+    }
+
+    /// Stores keys and values (`kv_heads * head_dim` numbers per row).
+    pub fn write(&mut self, pool: &Pool, layer: usize, block: &BlockSpec, k: &[f32], v: &[f32]) {
+        let width = block.kv_heads * block.head_dim;
+        if let [kv] = &mut self.caches[..]
+            && self.rows.windows(2).all(|w| w[0].position + 1 == w[1].position)
+        {
+            return kv.write(pool, layer, block, self.rows[0].position, k, v);
+        }
+        for (place, (k, v)) in self.rows.iter().zip(k.chunks_exact(width).zip(v.chunks_exact(width))) {
+            for cache in &mut self.caches[place.caches.clone()] {
+                cache.write(pool, layer, block, place.position, k, v);
+            }
+        }
+    }
+
+    /// Calls `f` with the pages of `layer` that `row` sees.
+    pub fn read<R>(&self, row: usize, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
+        self.caches[self.rows[row].caches.start].read(self.caches[0], layer, block, f)
     }
 }
 
@@ -176,6 +265,47 @@ mod tests {
     }
 
     #[test]
+    fn forks_share_whole_blocks_and_copy_the_partial_one() {
+        let (spec, threads) = (spec(), Pool::new(1));
+        let block = &spec.blocks[1];
+        let pool = Arc::new(BlockPool::new(&spec, KvType::F32).expect("a valid shape"));
+        let row = |v: usize| vec![v as f32; 16];
+        let fill = |kv: &mut KvCache, from: usize, to: usize, add: usize| {
+            for at in from..to {
+                kv.grow(at + 1);
+                kv.write(&threads, 1, block, at, &row(at + add), &row(at + add));
+            }
+        };
+        let pages = |kv: &KvCache, trunk: &KvCache| {
+            kv.read(trunk, 1, block, |c| c.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
+        };
+        for len in [PAGE_LEN + 10, 2 * PAGE_LEN, 5] {
+            let (mut trunk, mut want) = (KvCache::new(pool.clone()), KvCache::new(pool.clone()));
+            fill(&mut trunk, 0, len, 0);
+            fill(&mut want, 0, len, 0);
+            let mut fork = trunk.fork(len);
+            fill(&mut trunk, len, len + 3, 1000);
+            fill(&mut fork, len, len + 3, 0);
+            fill(&mut want, len, len + 3, 0);
+            let seen = pages(&fork, &trunk);
+            trunk.adopt(fork);
+            // Slots behind the end hold whatever a block held before; all that is compared was written.
+            let slots = |pages: &[Vec<u8>]| {
+                let mut all = Vec::new();
+                for at in 0..len + 3 {
+                    let (mut k, mut v) = (row(0), row(0));
+                    let page = &pages[at / PAGE_LEN];
+                    lacuna_kernels::attention::read(KvType::F32, shape(block), page, at % PAGE_LEN, &mut k, &mut v);
+                    all.extend(k.into_iter().chain(v));
+                }
+                all
+            };
+            let want = slots(&pages(&want, &want));
+            assert!(slots(&seen) == want && slots(&pages(&trunk, &trunk)) == want, "{len}");
+        }
+    }
+
+    #[test]
     fn rows_land_in_their_slots_across_blocks() {
         let (spec, threads) = (spec(), Pool::new(2));
         let block = &spec.blocks[1];
@@ -189,7 +319,7 @@ mod tests {
                 kv.write(&threads, 1, block, at, &rows, &rows);
                 at += n;
             }
-            kv.read(1, block, |cache| cache.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
+            kv.read(&kv, 1, block, |cache| cache.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
         };
         let whole = write_all(&[150]);
         assert_eq!(whole.len(), 3);

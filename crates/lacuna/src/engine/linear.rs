@@ -19,6 +19,14 @@ pub(super) struct Part<'a> {
     pub out: &'a mut [f32],
 }
 
+impl Part<'_> {
+    /// The part of one of `n` rows.
+    fn row(&mut self, row: usize, n: usize) -> Part<'_> {
+        let len = self.out.len() / n;
+        Part { proj: self.proj, linear: self.linear, out: &mut self.out[row * len..(row + 1) * len] }
+    }
+}
+
 /// What a layer skips, and where it counts.
 pub(super) struct Sparsity<'a> {
     /// The layer's plan, if there is one.
@@ -33,7 +41,7 @@ pub(super) struct Sparsity<'a> {
 #[derive(Default)]
 pub(super) struct Linears {
     input: gemm::Input,
-    /// One vector, or one per expert.
+    /// One per row.
     operands: Vec<gemv::Operand>,
     formats: Vec<Format>,
     /// `0, 1, 2, ...`: all channels, for dense axpy.
@@ -42,51 +50,55 @@ pub(super) struct Linears {
 }
 
 impl Linears {
-    /// Decode: every part's product with the one vector `x`, as the plan of the layer says.
-    pub fn decode(&mut self, pool: &Pool, sparsity: &mut Sparsity<'_>, x: &[f32], mut parts: Vec<Part<'_>>) {
+    /// Decode: every part's products with the `n` rows of `x`, as the plan of the layer says.
+    pub fn decode(&mut self, pool: &Pool, sparsity: &mut Sparsity<'_>, x: &[f32], n: usize, mut parts: Vec<Part<'_>>) {
         if let Some(plan) = sparsity.plan {
-            let sparse: Vec<_> = parts.extract_if(.., |p| plan.input(p.proj).is_some()).collect();
+            let mut sparse: Vec<_> = parts.extract_if(.., |p| plan.input(p.proj).is_some()).collect();
             if !sparse.is_empty() {
-                sparse::inputs(pool, plan, sparsity, x, sparse, &mut self.selections);
+                for (row, x) in x.chunks_exact(x.len() / n).enumerate() {
+                    let parts = sparse.iter_mut().map(|p| p.row(row, n)).collect();
+                    sparse::inputs(pool, plan, sparsity, x, parts, &mut self.selections);
+                }
             }
         }
         *sparsity.bytes += parts.iter().map(|p| p.linear.weight.bytes().len() as u64).sum::<u64>();
         let mut parts: Vec<_> = parts.into_iter().map(|p| (p.linear, p.out)).collect();
-        self.dense(pool, x, &mut parts);
+        self.dense(pool, x, n, &mut parts);
     }
 
-    /// Dense products with one vector.
-    pub fn dense(&mut self, pool: &Pool, x: &[f32], parts: &mut [(&Linear, &mut [f32])]) {
-        self.prepare(x, parts.iter().map(|p| &p.0.weight));
-        let mut jobs: Vec<gemv::Job<'_>> = Vec::with_capacity(parts.len());
-        let mut transposed: Vec<axpy::Job<'_>> = Vec::new();
-        for (linear, out) in parts.iter_mut() {
+    /// Dense products with the `n` rows of `x`; each row has the bits that it has alone.
+    pub fn dense(&mut self, pool: &Pool, x: &[f32], n: usize, parts: &mut [(&Linear, &mut [f32])]) {
+        self.prepare(x, n, parts.iter().map(|p| &p.0.weight));
+        let operands: Vec<_> = self.operands.iter().take(n).collect();
+        let width = x.len() / n;
+        // The list of channels is there when a weight is input-major, and unused otherwise.
+        let all = self.all.get(..width).unwrap_or_default();
+        let every: Vec<(&[u32], &[f32])> = x.chunks_exact(width).map(|x| (all, x)).collect();
+        let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
+        for (linear, y) in parts.iter_mut() {
             let w = linear.weight.matrix();
             match linear.weight.orientation() {
-                Orientation::OutputMajor => jobs.push(gemv::Job { w, x: &self.operands[0], y: out }),
-                Orientation::InputMajor => {
-                    let index = &self.all[..x.len()];
-                    transposed.push(axpy::Job { wt: w, index, value: x, y: out });
-                }
+                Orientation::OutputMajor => dot.push(gemv::multi::Job { w, x: &operands, y }),
+                Orientation::InputMajor => axpy.push(axpy::multi::Job { wt: w, x: &every, y }),
             }
         }
-        if !jobs.is_empty() {
-            gemv::run(pool, &mut jobs);
+        if !dot.is_empty() {
+            gemv::multi::run(pool, &mut dot);
         }
-        if !transposed.is_empty() {
-            axpy::run(pool, &mut transposed);
+        if !axpy.is_empty() {
+            axpy::multi::run(pool, &mut axpy);
         }
         parts.iter_mut().for_each(|(linear, out)| add_bias(pool, linear, out));
     }
 
     /// `x` in the form that products with `weights` read.
     pub fn operand<'w>(&mut self, x: &[f32], weights: impl Iterator<Item = &'w Weight>) -> &gemv::Operand {
-        self.prepare(x, weights);
+        self.prepare(x, 1, weights);
         &self.operands[0]
     }
 
-    /// Readies the operand for all of `weights`, and the list of all channels where one of them is input-major.
-    fn prepare<'w>(&mut self, x: &[f32], weights: impl Iterator<Item = &'w Weight>) {
+    /// Readies an operand per row for all of `weights`, and the list of all channels where one of them is input-major.
+    fn prepare<'w>(&mut self, x: &[f32], n: usize, weights: impl Iterator<Item = &'w Weight>) {
         self.formats.clear();
         let mut transposed = false;
         for w in weights {
@@ -95,29 +107,28 @@ impl Linears {
                 Orientation::InputMajor => transposed = true,
             }
         }
-        if self.operands.is_empty() {
-            self.operands.push(gemv::Operand::new());
+        let width = x.len() / n;
+        if self.operands.len() < n {
+            self.operands.resize_with(n, gemv::Operand::new);
         }
         if !self.formats.is_empty() {
-            self.operands[0].prepare(x, &self.formats);
+            self.operands.iter_mut().zip(x.chunks_exact(width)).for_each(|(o, x)| o.prepare(x, &self.formats));
         }
         if transposed {
-            self.all.extend(self.all.len() as u32..x.len() as u32);
+            self.all.extend(self.all.len() as u32..width as u32);
         }
     }
 
-    /// Products of different vectors in one region: the down projections of the experts. All must be output-major.
-    pub fn dense_each(&mut self, pool: &Pool, parts: &mut [(&Linear, &[f32], &mut [f32])]) {
-        while self.operands.len() < parts.len() {
-            self.operands.push(gemv::Operand::new());
-        }
-        for ((linear, x, _), operand) in parts.iter().zip(&mut self.operands) {
-            operand.prepare(x, &[linear.weight.format()]);
-        }
-        let jobs = parts.iter_mut().zip(&self.operands);
+    /// Products of each part's weights with the rows of `x` (`n` in all) that it names, in one region: the experts of a
+    /// mixture. All must be output-major.
+    pub fn chosen(&mut self, pool: &Pool, x: &[f32], n: usize, parts: &mut [(&Linear, Vec<usize>, &mut [f32])]) {
+        self.prepare(x, n, parts.iter().map(|p| &p.0.weight));
+        let operands = &self.operands;
+        let lists: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(|&row| &operands[row]).collect()).collect();
+        let jobs = parts.iter_mut().zip(&lists);
         let mut jobs: Vec<_> =
-            jobs.map(|((linear, _, out), x)| gemv::Job { w: linear.weight.matrix(), x, y: out }).collect();
-        gemv::run(pool, &mut jobs);
+            jobs.map(|((linear, _, y), x)| gemv::multi::Job { w: linear.weight.matrix(), x, y }).collect();
+        gemv::multi::run(pool, &mut jobs);
         parts.iter_mut().for_each(|(linear, _, out)| add_bias(pool, linear, out));
     }
 

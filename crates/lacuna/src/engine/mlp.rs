@@ -26,7 +26,7 @@ impl Forward<'_> {
         let act = activation(block.act);
         match mlp {
             Mlp::Gated(gated) => match self.shared.neuron_rule(layer).filter(|_| self.mode == Mode::Decode) {
-                Some(_) => self.gated_neurons(layer, act, gated),
+                Some(_) => self.gated_neurons(layer, act, gated, n),
                 None => self.gated(layer, act, gated, n),
             },
             Mlp::Plain { up, down } => self.plain(layer, act, up, down, n),
@@ -86,23 +86,25 @@ impl Forward<'_> {
     }
 
     /// Gate first, then the rows of up and the columns of down that belong to the kept neurons.
-    fn gated_neurons(&mut self, layer: usize, act: Activation, w: &Gated) {
+    fn gated_neurons(&mut self, layer: usize, act: Activation, w: &Gated, n: usize) {
         let shared = self.shared;
         let Some(rule) = shared.neuron_rule(layer) else { return };
-        let inner = w.gate.weight.outputs();
+        let (inner, width) = (w.gate.weight.outputs(), shared.model.spec.width);
         let Workspace { h, gate, up, y, linears, .. } = &mut *self.ws;
-        let parts = [(Proj::Gate, &w.gate, sized(gate, inner))];
-        project(Mode::Decode, shared, linears, (layer, &mut *self.counters), h, 1, parts);
-        elementwise::act(act, gate);
+        let parts = [(Proj::Gate, &w.gate, sized(gate, n * inner))];
+        project(Mode::Decode, shared, linears, (layer, &mut *self.counters), h, n, parts);
+        rows::each(&shared.pool, gate, inner, |_, row| elementwise::act(act, row));
         show(self.observer, Point::Neurons { layer }, inner, gate);
         let mut selection = std::mem::take(&mut linears.selections[0]);
-        let x = linears.operand(h, std::iter::once(&w.up.weight));
         let neurons = Neurons { rule, up: &w.up, down_bias: w.down.bias.as_deref() };
-        let y = sized(y, shared.model.spec.width);
-        let bytes = neurons.run(&shared.pool, gate, x, &mut selection, up, y);
-        let s = sparsity(shared, layer, self.counters);
-        s.counts.neurons.add(selection.index.len(), inner);
-        *s.bytes += bytes;
+        let results = sized(y, n * width).chunks_exact_mut(width);
+        for ((gate, h), y) in gate.chunks_exact(inner).zip(h.chunks_exact(width)).zip(results) {
+            let x = linears.operand(h, std::iter::once(&w.up.weight));
+            let bytes = neurons.run(&shared.pool, gate, x, &mut selection, up, y);
+            let s = sparsity(shared, layer, self.counters);
+            s.counts.neurons.add(selection.index.len(), inner);
+            *s.bytes += bytes;
+        }
         linears.selections[0] = selection;
     }
 }

@@ -4,6 +4,7 @@
 //! through what a [`CompiledPlan`] keeps. Both write keys and values into the session's pages and follow
 //! [`crate::model::spec::Spec`] alone: no architecture and no method is named here.
 
+mod batch;
 pub mod break_even;
 pub mod compile;
 mod compiled;
@@ -20,11 +21,13 @@ mod session;
 mod shared;
 mod sparse;
 pub mod transpose;
+mod tree;
 
 pub use compiled::{CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
 pub use kv::kv_bytes;
 pub use lacuna_kernels::attention::KvType;
 pub use session::Session;
+pub use tree::{MAX_TREE, TokenTree};
 
 use crate::{
     error::{Error, Result},

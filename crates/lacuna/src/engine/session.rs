@@ -2,10 +2,11 @@
 
 use super::{
     compiled::Counters,
-    forward::{Forward, Mode, Nobody, Workspace, sized},
-    kv::KvCache,
+    forward::{Forward, Mode, Nobody, Workspace, head_input, sized},
+    kv::{KvCache, Place, Places},
     kv_bytes_read,
     shared::Shared,
+    tree::TokenTree,
     weight_bytes,
 };
 use crate::error::{Error, Result};
@@ -24,14 +25,28 @@ pub type Sink<'a> = dyn FnMut(usize, &[f32]) + 'a;
 
 /// A conversation.
 pub struct Session {
-    shared: Arc<Shared>,
-    kv: KvCache,
-    ws: Workspace,
-    logits: Vec<f32>,
-    counters: Counters,
-    len: usize,
+    pub(super) shared: Arc<Shared>,
+    pub(super) kv: KvCache,
+    pub(super) ws: Workspace,
+    /// Rows of the last pass.
+    pub(super) logits: Vec<f32>,
+    /// The row that [`Session::logits`] gives.
+    pub(super) row: usize,
+    pub(super) counters: Counters,
+    pub(super) len: usize,
     context: usize,
     cancel: Arc<AtomicBool>,
+    checked: Option<Checked>,
+}
+
+/// A tree that was checked and not yet settled: its keys and values are in the cache and its forks.
+struct Checked {
+    tree: TokenTree,
+    /// For each node the caches (0: the trunk) that hold it.
+    leaves: Vec<std::ops::Range<usize>>,
+    forks: Vec<KvCache>,
+    /// The last node that was accepted.
+    at: Option<usize>,
 }
 
 impl Session {
@@ -42,9 +57,11 @@ impl Session {
             shared,
             ws: Workspace::default(),
             logits: Vec::new(),
+            row: 0,
             len: 0,
             context,
             cancel: Arc::default(),
+            checked: None,
         }
     }
 
@@ -63,9 +80,11 @@ impl Session {
         self.context
     }
 
-    /// Logits of the last pass, one per token of the vocabulary; empty before the first.
+    /// Logits behind the last token of the context, one per token of the vocabulary; empty before the first pass, and
+    /// those of another position after [`Session::truncate`] and [`Session::verify`].
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        let vocab = self.shared.model.spec.vocab;
+        self.logits.get(self.row * vocab..(self.row + 1) * vocab).unwrap_or_default()
     }
 
     /// What the decode steps have read and kept so far.
@@ -85,7 +104,76 @@ impl Session {
 
     /// Forgets everything behind the first `len` tokens; more than there are changes nothing.
     pub fn truncate(&mut self, len: usize) {
+        self.settle();
         self.len = len.min(self.len);
+        self.kv.truncate(self.len);
+    }
+
+    /// Computes all tokens of `tree` as continuations of the context, in one pass that reads the weights once. None of
+    /// them is in the context until [`Session::accept`] takes it; [`Session::node_logits`] has their logits. Each node's
+    /// logits have the bits that decoding its path token by token gives: with `dense` without the plan, otherwise by the
+    /// plan.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`]; a tree of no or more than [`super::MAX_TREE`] tokens.
+    pub fn verify(&mut self, tree: &TokenTree, dense: bool) -> Result<()> {
+        tree.check()?;
+        self.check(tree.tokens(), tree.height())?;
+        self.check_cancelled()?;
+        self.settle();
+        let (leaves, start, n) = (tree.leaves(), self.len, tree.len());
+        let all = leaves.iter().map(|l| l.end).max().unwrap_or(1);
+        let mut forks: Vec<_> = (1..all).map(|_| self.kv.fork(start)).collect();
+        let place = |i: usize| Place { position: start + tree.depth(i), caches: leaves[i].clone() };
+        let rows = (0..n).map(place).collect();
+        let places = Places::new(std::iter::once(&mut self.kv).chain(&mut forks).collect(), rows);
+        let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
+        let mode = if dense { Mode::Dense } else { Mode::Decode };
+        Forward { shared, places, ws, counters, observer: &mut Nobody, mode }.run(tree.tokens());
+        self.counters.steps += 1;
+        self.count_head(1);
+        self.counters.kv_bytes += (0..n).map(|i| kv_bytes_read(&self.shared, start + tree.depth(i) + 1)).sum::<u64>();
+        self.checked = Some(Checked { tree: tree.clone(), leaves, forks, at: None });
+        head_input(&self.shared, &mut self.ws, &mut Nobody, None);
+        self.row = 0;
+        logits(&self.shared, &mut self.ws, n, &mut self.logits);
+        let vocab = self.shared.model.spec.vocab;
+        let mut rows = self.logits.chunks_exact(vocab).enumerate();
+        rows.try_for_each(|(i, row)| check_finite(row, start + tree.depth(i)))
+    }
+
+    /// Logits behind node `node` of the tree that was checked last.
+    ///
+    /// # Panics
+    /// If there is no such node.
+    pub fn node_logits(&self, node: usize) -> &[f32] {
+        let vocab = self.shared.model.spec.vocab;
+        &self.logits[node * vocab..(node + 1) * vocab]
+    }
+
+    /// Takes node `node` of the checked tree into the context and returns its logits.
+    ///
+    /// # Errors
+    /// No tree was checked since the last pass, or the node does not continue the one that was accepted last.
+    pub fn accept(&mut self, node: usize) -> Result<&[f32]> {
+        let fits = |c: &Checked| node < c.tree.len() && c.tree.parent(node) == c.at;
+        let Some(checked) = self.checked.as_mut().filter(|c| fits(c)) else {
+            let problem = format!("{node} does not continue what was accepted");
+            return Err(Error::Argument { name: "node", problem });
+        };
+        checked.at = Some(node);
+        self.row = node;
+        self.len += 1;
+        Ok(self.logits())
+    }
+
+    /// Keeps the keys and values of the accepted path and gives back the others.
+    pub(super) fn settle(&mut self) {
+        let Some(checked) = self.checked.take() else { return };
+        let mut forks = checked.forks;
+        if let Some(fork) = checked.at.and_then(|at| checked.leaves[at].start.checked_sub(1)) {
+            self.kv.adopt(forks.swap_remove(fork));
+        }
         self.kv.truncate(self.len);
     }
 
@@ -132,23 +220,29 @@ impl Session {
     }
 
     fn step(&mut self, token: u32, observer: &mut dyn Observer) -> Result<&[f32]> {
-        self.check(&[token])?;
+        self.check(&[token], 1)?;
         self.check_cancelled()?;
+        self.settle();
         self.forward(&[token], Mode::Decode, observer);
         self.counters.steps += 1;
-        self.counters.weight_bytes += self.shared.model.embed.matrix().row_bytes() as u64;
-        self.counters.weight_bytes += weight_bytes(&self.shared.model.head);
+        self.count_head(1);
         self.counters.kv_bytes += kv_bytes_read(&self.shared, self.len);
         self.last_logits(0, observer)
     }
 
-    /// Checks everything that can be known before any work.
-    fn check(&self, tokens: &[u32]) -> Result<()> {
+    /// Counts the embedding of a row and this session's part of the head's bytes, which `sharers` sessions read together.
+    pub(super) fn count_head(&mut self, sharers: usize) {
+        self.counters.weight_bytes += self.shared.model.embed.matrix().row_bytes() as u64;
+        self.counters.weight_bytes += weight_bytes(&self.shared.model.head) / sharers as u64;
+    }
+
+    /// Checks everything that can be known before any work; `grow` is by how much the context grows at most.
+    pub(super) fn check(&self, tokens: &[u32], grow: usize) -> Result<()> {
         let vocab = self.shared.model.spec.vocab;
         if tokens.is_empty() {
             return Err(Error::Argument { name: "tokens", problem: "there are none".into() });
         }
-        let need = self.len.saturating_add(tokens.len());
+        let need = self.len.saturating_add(grow);
         if need > self.context {
             return Err(Error::Context { tokens: need, context: self.context });
         }
@@ -161,17 +255,18 @@ impl Session {
         }
     }
 
-    fn check_cancelled(&self) -> Result<()> {
+    pub(super) fn check_cancelled(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
 
     fn extend(&mut self, tokens: &[u32], observer: &mut dyn Observer, mut sink: Option<&mut Sink<'_>>) -> Result<()> {
-        self.check(tokens)?;
+        self.check(tokens, tokens.len())?;
+        self.settle();
         for chunk in tokens.chunks(self.shared.prefill_chunk) {
             self.check_cancelled()?;
             self.forward(chunk, Mode::Prefill, observer);
             if observer.wants(Point::Head) {
-                self.pass(Mode::Prefill, observer).head_input(None);
+                head_input(&self.shared, &mut self.ws, observer, None);
             }
             if let Some(sink) = sink.as_deref_mut() {
                 self.score_chunk(chunk.len(), sink)?;
@@ -180,33 +275,27 @@ impl Session {
         Ok(())
     }
 
-    fn pass<'a>(&'a mut self, mode: Mode, observer: &'a mut dyn Observer) -> Forward<'a> {
-        let (shared, kv, ws, counters) = (&*self.shared, &mut self.kv, &mut self.ws, &mut self.counters);
-        Forward { shared, kv, ws, counters, observer, start: self.len, mode }
-    }
-
     fn forward(&mut self, tokens: &[u32], mode: Mode, observer: &mut dyn Observer) {
-        self.pass(mode, observer).run(tokens);
+        let places = Places::following(&mut self.kv, self.len, tokens.len());
+        let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
+        Forward { shared, places, ws, counters, observer, mode }.run(tokens);
         self.len += tokens.len();
     }
 
     /// Logits of row `row` of the residual stream.
     fn last_logits(&mut self, row: usize, observer: &mut dyn Observer) -> Result<&[f32]> {
-        self.pass(Mode::Decode, observer).head_input(Some(row));
         let shared = &*self.shared;
-        let logits = sized(&mut self.logits, shared.model.spec.vocab);
-        let Workspace { h, linears, .. } = &mut self.ws;
-        linears.dense(&shared.pool, h, &mut [(&shared.model.head, &mut *logits)]);
-        if let Some(cap) = shared.model.spec.logit_cap {
-            elementwise::cap(logits, cap);
-        }
-        check_finite(logits, self.len - 1)?;
+        head_input(shared, &mut self.ws, observer, Some(row));
+        self.row = 0;
+        logits(shared, &mut self.ws, 1, &mut self.logits);
+        check_finite(&self.logits, self.len - 1)?;
         Ok(&self.logits)
     }
 
     /// Gives `sink` the logits of the last `n` positions.
     fn score_chunk(&mut self, n: usize, sink: &mut Sink<'_>) -> Result<()> {
-        self.pass(Mode::Prefill, &mut Nobody).head_input(None);
+        head_input(&self.shared, &mut self.ws, &mut Nobody, None);
+        self.row = 0;
         let shared = &*self.shared;
         let spec = &shared.model.spec;
         let Workspace { h, linears, .. } = &mut self.ws;
@@ -230,7 +319,18 @@ impl Session {
     }
 }
 
-fn check_finite(logits: &[f32], position: usize) -> Result<()> {
+/// Logits of the `n` rows in `ws.h`, each with the bits that it has alone.
+pub(super) fn logits(shared: &Shared, ws: &mut Workspace, n: usize, logits: &mut Vec<f32>) {
+    let spec = &shared.model.spec;
+    let logits = sized(logits, n * spec.vocab);
+    let Workspace { h, linears, .. } = ws;
+    linears.dense(&shared.pool, h, n, &mut [(&shared.model.head, &mut *logits)]);
+    if let Some(cap) = spec.logit_cap {
+        logits.chunks_exact_mut(spec.vocab).for_each(|row| elementwise::cap(row, cap));
+    }
+}
+
+pub(super) fn check_finite(logits: &[f32], position: usize) -> Result<()> {
     match logits.iter().find(|l| !l.is_finite()) {
         Some(&value) => Err(Error::BadLogits { position, value }),
         None => Ok(()),
