@@ -227,7 +227,8 @@ fn every_architecture_keeps_its_bits() {
 
 #[test]
 fn what_cannot_run_is_an_error_before_any_work() {
-    let (e, other) = (engine(random::model(PLAIN_LLAMA, 5), 1, KvType::F32), engine(random::model(PLAIN_LLAMA, 5), 1, KvType::F32));
+    let (e, other) =
+        (engine(random::model(PLAIN_LLAMA, 5), 1, KvType::F32), engine(random::model(PLAIN_LLAMA, 5), 1, KvType::F32));
     let (mut a, mut b) = (e.session(4).expect("a session"), other.session(0).expect("a session"));
     assert!(matches!(e.decode_batch(&mut []), Err(Error::Argument { name: "sessions", .. })));
     assert!(matches!(e.decode_batch(&mut [(&mut a, 1), (&mut b, 1)]), Err(Error::Argument { .. })));
