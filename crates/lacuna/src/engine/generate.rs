@@ -1,6 +1,6 @@
 //! From a prompt to a stream of text.
 
-use super::{sampler::Sampler, session::Session};
+use super::{decoding::Decoder, sampler::Sampler, session::Session};
 use crate::{
     error::{Error, Result},
     tokenizer::Tokenizer,
@@ -95,6 +95,24 @@ pub fn generate(
     limits: &Limits,
     on_text: &mut dyn FnMut(&str) -> Flow,
 ) -> Result<Generated> {
+    generate_with(&mut Decoder::plain(), session, tokenizer, prompt, sampler, limits, on_text)
+}
+
+/// [`generate`] with the tokens behind the first chosen by `decoder`.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_with(
+    decoder: &mut Decoder,
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    limits: &Limits,
+    on_text: &mut dyn FnMut(&str) -> Flow,
+) -> Result<Generated> {
+    decoder.begin();
+    let ends = |id: u32| tokenizer.is_eos(id) && !limits.ignore_eos;
     let mut stops = Stops::new(&limits.stop)?;
     let start = Instant::now();
     let mut out = Generated {
@@ -121,20 +139,17 @@ pub fn generate(
         if out.tokens.len() == limits.max_tokens {
             break Finish::Length;
         }
-        if let Some(&last) = out.tokens.last() {
-            if session.len() == session.context() {
-                break Finish::Context;
-            }
-            match session.decode(last) {
-                Ok(_) => {}
+        let id = match out.tokens.last() {
+            None => first(session, sampler),
+            Some(_) if session.len() == session.context() => break Finish::Context,
+            Some(&last) => match decoder.next(session, last, sampler, &ends) {
+                Ok(id) => id,
                 Err(Error::Cancelled) => break Finish::Cancelled,
                 Err(e) => return Err(e),
-            }
-        }
-        let id = sampler.sample(session.logits());
-        sampler.accept(id);
+            },
+        };
         out.tokens.push(id);
-        if tokenizer.is_eos(id) && !limits.ignore_eos {
+        if ends(id) {
             break Finish::Stop;
         }
         let (text, stopped) = stops.push(&stream.push(id));
@@ -153,6 +168,13 @@ pub fn generate(
     }
     out.decode = start.elapsed();
     Ok(out)
+}
+
+/// The token behind the prompt.
+fn first(session: &Session, sampler: &mut Sampler) -> u32 {
+    let id = sampler.sample(session.logits());
+    sampler.accept(id);
+    id
 }
 
 /// Finds stop strings in a stream of text and holds back what may become one.

@@ -8,6 +8,7 @@ mod batch;
 pub mod break_even;
 pub mod compile;
 mod compiled;
+pub mod decoding;
 mod experts;
 mod forward;
 pub mod generate;

@@ -75,6 +75,11 @@ impl Session {
         self.len == 0
     }
 
+    /// Tokens of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        self.shared.model.spec.vocab
+    }
+
     /// Tokens that the context can hold.
     pub fn context(&self) -> usize {
         self.context
