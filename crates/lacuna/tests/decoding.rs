@@ -4,8 +4,7 @@ mod common;
 
 use common::shared;
 use lacuna::{
-    calibrate,
-    embedded,
+    calibrate, embedded,
     engine::{
         Engine, Options, Session, TokenTree,
         break_even::BreakEven,
@@ -189,7 +188,8 @@ fn fixture(name: &str) -> Model {
 #[test]
 fn exact_self_speculation_is_dense_decoding_for_any_plan() {
     let prompt = [1, 5, 9, 2, 6];
-    for (name, spec) in [("llama3", "teal=0.5"), ("llama-relu", "relu"), ("gpt2", "teal=0.7"), ("mistral", "teal=0.9")] {
+    for (name, spec) in [("llama3", "teal=0.5"), ("llama-relu", "relu"), ("gpt2", "teal=0.7"), ("mistral", "teal=0.9")]
+    {
         let (sparse, dense) = with_plan(fixture(name), spec, &prompt);
         for sampling in [SamplerOptions::greedy(), sampled(8)] {
             let want = plain(&dense, &prompt, sampling, 80);
@@ -269,7 +269,9 @@ fn the_embedded_model_tells_the_same_story() {
     let tokenizer = embedded::tokenizer().unwrap();
     let (sparse, dense) = with_plan(model, "relu", &[]);
     let mut recycling = Decoder::token_recycling(RecyclingOptions::default()).unwrap();
-    for (sampling, stop) in [(SamplerOptions::greedy(), vec![]), (sampled(3), vec![]), (sampled(4), vec!["the ".into()])] {
+    for (sampling, stop) in
+        [(SamplerOptions::greedy(), vec![]), (sampled(3), vec![]), (sampled(4), vec!["the ".into()])]
+    {
         for e in [&dense, &sparse] {
             let want = tell(e, &tokenizer, &mut Decoder::plain(), sampling, &stop);
             let got = tell(e, &tokenizer, &mut recycling, sampling, &stop);
@@ -297,7 +299,10 @@ fn trained_models_lie_between_sparse_and_dense() {
     assert_eq!(got.out.tokens, want.out.tokens);
     let mut sirius = Decoder::sparse_steps(8, Rule::Threshold(0.05)).unwrap();
     let loose = tell(&sparse, &tokenizer, &mut sirius, SamplerOptions::greedy(), &[]);
-    println!("exact {:.2} per check, density {:.3}; sirius {:.2}, {:.3}", got.length, got.density, loose.length, loose.density);
+    println!(
+        "exact {:.2} per check, density {:.3}; sirius {:.2}, {:.3}",
+        got.length, got.density, loose.length, loose.density
+    );
     assert!(loose.length >= got.length && loose.length <= 8.0 && loose.density <= got.density);
     let mut recycling = Decoder::token_recycling(RecyclingOptions { most: 16, adapt: false }).unwrap();
     let told = tell(&dense, &tokenizer, &mut recycling, SamplerOptions::greedy(), &[]);
