@@ -4,7 +4,7 @@ use crate::{args::LoadArgs, open::Place};
 use anyhow::{Result, anyhow};
 use lacuna::{
     cache,
-    calibrate::{self, store},
+    calibrate::{self, Subject, store},
     engine::{
         Engine, Options,
         compile::{CompileOptions, compile},
@@ -63,15 +63,15 @@ fn plan_of(spec: &str, args: &LoadArgs, place: &Place, dense: &Engine) -> Result
         tracing::info!("plan {}", path.display());
         return Ok(plan);
     }
-    let layers = calibrate::layer_shapes(&model.spec);
-    if calibrate::needed(&steps, &layers).tokens > 0 {
+    let subject = Subject::new(model);
+    if calibrate::tokens_wanted(&steps, &subject) > 0 {
         let name = args.model_name.as_deref().map(|m| format!(" -m {m}")).unwrap_or_default();
         return Err(anyhow!(
             "`{label}` needs a calibration, and none is stored for this model; make it once with \
              `lacuna calibrate{name} --sparse {spec} -f TEXT`"
         ));
     }
-    let (plan, notes) = calibrate::plan(&steps, &layers, &model.hash, &Statistics::new([]))?;
+    let (plan, notes) = calibrate::plan(&steps, &subject, &Statistics::default())?;
     notes.iter().for_each(|n| tracing::warn!("{n}"));
     Ok(plan)
 }

@@ -18,6 +18,7 @@ pub mod site;
 pub mod size;
 pub mod statistics;
 pub mod suggest;
+pub mod tensor;
 pub mod weight;
 
 pub use error::{Error, Result};

@@ -4,11 +4,12 @@
 use crate::{
     plan::Entry,
     site::{Point, Proj, Site},
-    statistics::Statistics,
+    statistics::{Observation, Statistics},
     suggest::hint,
+    tensor::Tensor,
     weight::Orientation,
 };
-use std::{fmt, ops::Bound, path::PathBuf};
+use std::{collections::BTreeMap, fmt, ops::Bound, path::PathBuf};
 
 /// What can go wrong between a recipe and a plan. Messages name the place and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -188,19 +189,57 @@ impl LayerShape {
 /// What a method must see before it can plan.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Needs {
-    /// The points whose magnitudes are read.
-    pub points: Vec<Point>,
+    /// What is gathered at which points. A method whose scales come from statistics asks for those first, and for more
+    /// when it is asked again with them.
+    pub observations: Vec<Observation>,
     /// Tokens of calibration text it works well from; 0: it plans without, and uses statistics only to report.
     pub tokens: usize,
 }
 
+/// The weights of a model, as methods see them.
+pub trait Weights {
+    /// `W` of a projection, dequantised, `[outputs, inputs]`; `None` where the layer has no such projection.
+    fn matrix(&self, layer: usize, proj: Proj) -> Option<Vec<f32>>;
+
+    /// `sqrt(sum over projs of ||W[:, j]||^2)` for every input channel `j` of projections that read the same vector:
+    /// the norm of everything that a channel is multiplied with. `None` where the layer has none of them.
+    fn column_norms(&self, layer: usize, projs: &[Proj]) -> Option<Tensor>;
+}
+
+/// The norms of [`Weights::column_norms`], from matrices of `inputs` columns.
+pub fn column_norms<'a>(matrices: impl IntoIterator<Item = &'a [f32]>, inputs: usize) -> Vec<f32> {
+    let mut squares = vec![0.0_f64; inputs];
+    for row in matrices.into_iter().flat_map(|m| m.chunks_exact(inputs)) {
+        squares.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w) * f64::from(*w));
+    }
+    squares.into_iter().map(|s| s.sqrt() as f32).collect()
+}
+
+/// Shares to drop per layer and place, where a search or a prior decided them; others take the method's own parameter.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Budgets {
+    /// By layer and projection (`mlp.up` stands for neurons).
+    pub dropped: BTreeMap<(usize, Proj), f64>,
+}
+
 /// What a method plans from.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct PlanContext<'a> {
     /// The layers of the model.
     pub layers: &'a [LayerShape],
-    /// What the calibration pass saw.
+    /// What the calibration passes saw so far.
     pub statistics: &'a Statistics,
+    /// The weights.
+    pub weights: &'a dyn Weights,
+    /// Shares that were decided outside the method.
+    pub budgets: &'a Budgets,
+}
+
+impl PlanContext<'_> {
+    /// The share to drop at a place: what was decided for it, or `uniform`.
+    pub fn dropped(&self, layer: usize, proj: Proj, uniform: f64) -> f64 {
+        self.budgets.dropped.get(&(layer, proj)).copied().unwrap_or(uniform)
+    }
 }
 
 /// One published technique. Everything users see of it (listing, recipe keys, errors, contract tests) comes from here.
@@ -219,8 +258,8 @@ pub trait Method: Sync {
     fn params(&self) -> &'static [ParamSpec];
     /// Weight orientations its plan can be computed on.
     fn layouts(&self) -> &'static [Orientation];
-    /// Points to observe and tokens of calibration.
-    fn needs(&self, params: &Params, layers: &[LayerShape]) -> Needs;
+    /// What to observe, and tokens of calibration. Asked again after each pass until nothing new is wanted.
+    fn needs(&self, params: &Params, ctx: PlanContext<'_>) -> Needs;
     /// The entries of the plan.
     ///
     /// # Errors

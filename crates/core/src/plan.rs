@@ -1,30 +1,164 @@
 //! What a recipe becomes for one model: for each place, what the engine skips and how it decides.
+//!
+//! How plans are stored is in [`stored`].
 
-use crate::{atomic::write_atomically, map::read_small, method::MethodError, site::Proj};
+pub mod stored;
+
+use crate::{site::Proj, tensor::Tensor};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::collections::BTreeMap;
 
 /// Version of the stored form; a reader refuses others.
-pub const PLAN_VERSION: u32 = 1;
+pub const PLAN_VERSION: u32 = 2;
 
-/// Longest plan file that is read, in bytes (a plan takes about 150 bytes per entry).
+/// Longest plan file that is read, in bytes (a plan takes about 200 bytes per entry).
 pub const PLAN_MAX_BYTES: u64 = 16 << 20;
 
-/// Decides which entries of a vector stay.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Selector {
-    /// Keep what is not exactly zero.
+/// Longest file of a plan's vectors and matrices that is read, in bytes.
+pub const PLAN_SIDE_MAX_BYTES: u64 = 8 << 30;
+
+/// Decides which entries of a vector stay: a score for each, and a cut.
+///
+/// The score is `|x_j| * scale_j`; at [`Stage::Gate`] it is `x_j` itself, signed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Selector {
+    /// One factor per entry (WINA's column norms, the roots of CHESS's importances); none: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Tensor>,
+    /// Which scores stay.
+    #[serde(flatten)]
+    pub cut: Cut,
+}
+
+/// Which scores stay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "keep", rename_all = "kebab-case")]
+pub enum Cut {
+    /// What is not exactly zero; no score is computed.
     NonZero,
-    /// Keep `|x| > threshold` (strictly).
-    Magnitude {
-        /// The threshold, finite and not negative.
+    /// Scores above the threshold (strictly).
+    Above {
+        /// Finite, and not negative except at [`Stage::Gate`].
         threshold: f32,
+    },
+    /// The `count` largest scores of each vector; of equal ones those that come first.
+    Top {
+        /// How many.
+        count: usize,
+    },
+    /// Scores above `mean + multiple * std` of the vector's own scores (Spark Transformer's statistical top-k, as a mask).
+    Gaussian {
+        /// Standard deviations above the mean.
+        multiple: f32,
+    },
+    /// The same positions for every token.
+    Listed {
+        /// Ascending positions.
+        list: Tensor,
+    },
+    /// Neurons that were strongest over the prompt: `count` positions, found again with every prompt (GRIFFIN,
+    /// CoreMatching).
+    Prompt {
+        /// How many.
+        count: usize,
     },
 }
 
+impl Selector {
+    /// Keeps what is not exactly zero.
+    pub fn non_zero() -> Self {
+        Self { scale: None, cut: Cut::NonZero }
+    }
+
+    /// Keeps `|x_j| > threshold`.
+    pub fn above(threshold: f32) -> Self {
+        Self { scale: None, cut: Cut::Above { threshold } }
+    }
+
+    /// Keeps the `count` largest `|x_j|`.
+    pub fn top(count: usize) -> Self {
+        Self { scale: None, cut: Cut::Top { count } }
+    }
+
+    /// The same cut on `|x_j| * scale_j`.
+    pub fn scaled(self, scale: Tensor) -> Self {
+        Self { scale: Some(scale), ..self }
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let list = if let Cut::Listed { list } = &self.cut { Some(list) } else { None };
+        self.scale.iter().chain(list)
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        let list = if let Cut::Listed { list } = &mut self.cut { Some(list) } else { None };
+        self.scale.iter_mut().chain(list)
+    }
+
+    /// Checks what is known without the model, for a selector that is `signed` (at the gate) or not.
+    fn check(&self, signed: bool) -> Result<(), String> {
+        match self.cut {
+            Cut::Above { threshold } if !(threshold.is_finite() && (signed || threshold >= 0.0)) => {
+                Err(format!("has threshold {threshold}, not a finite number >= 0"))
+            }
+            Cut::Gaussian { multiple } if !multiple.is_finite() => Err(format!("has multiple {multiple}, not finite")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks the selector against the length of the vectors it is used on.
+    ///
+    /// # Errors
+    /// A scale of another length, or a list that is not ascending or leaves the vector.
+    pub fn check_width(&self, width: usize) -> Result<(), String> {
+        if let Some(scale) = &self.scale
+            && scale.values().len() != width
+        {
+            return Err(format!("has a scale of {} numbers for {width} entries", scale.values().len()));
+        }
+        let Cut::Listed { list } = &self.cut else { return Ok(()) };
+        let positions = list.positions();
+        let ascending = positions.array_windows().all(|[a, b]| a < b);
+        if !ascending || positions.last().is_some_and(|p| *p as usize >= width) {
+            return Err(format!("has a list that is not ascending below {width}"));
+        }
+        Ok(())
+    }
+}
+
+/// What a rule on neurons looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// The gate before its activation, signed.
+    Gate,
+    /// The activated gate, by magnitude.
+    #[default]
+    Activated,
+}
+
+/// What the dropped inputs pass through instead: `y += U (V (x * dropped))`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LowRank {
+    /// `V`, `[rank, inputs]`.
+    pub down: Tensor,
+    /// `U`, `[outputs, rank]`.
+    pub up: Tensor,
+}
+
+/// A low-rank predictor of active neurons: `score = B act(A h)` with `h` the normalised input of the MLP.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Predictor {
+    /// `A`, `[rank, width]`.
+    pub down: Tensor,
+    /// `B`, `[neurons, rank]`.
+    pub up: Tensor,
+    /// Whether there is a ReLU between them (PowerInfer) or nothing (Deja Vu).
+    pub relu: bool,
+}
+
 /// What is skipped at one place.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "form", rename_all = "kebab-case")]
 pub enum Rule {
     /// Input channels of one projection: the vector that enters it is selected, the kept columns are read (axpy form).
@@ -34,19 +168,49 @@ pub enum Rule {
         proj: Proj,
         /// Which channels stay.
         selector: Selector,
+        /// What the others pass through; none: they are dropped.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        low_rank: Option<LowRank>,
     },
-    /// Neurons of the MLP: selected on the activated gate; rows of up (dot form) and columns of down (axpy form) follow.
+    /// Neurons of the MLP: selected on the gate; rows of up (dot form) and columns of down (axpy form) follow.
     Neurons {
+        /// What is looked at.
+        #[serde(default)]
+        on: Stage,
         /// Which neurons stay.
         selector: Selector,
+        /// Which of those stay for down, selected on `act(gate) * up`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        then: Option<Selector>,
+    },
+    /// Neurons of the MLP that a predictor expects to matter: rows of gate and up and columns of down follow.
+    Predicted {
+        /// The predictor.
+        predictor: Predictor,
+        /// Which neurons stay, by signed score.
+        selector: Selector,
+        /// Which of those stay for down, selected on `act(gate) * up`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        then: Option<Selector>,
     },
 }
 
 impl Rule {
+    /// A rule on the inputs of `proj` without a low-rank part.
+    pub fn inputs(proj: Proj, selector: Selector) -> Self {
+        Rule::Inputs { proj, selector, low_rank: None }
+    }
+
+    /// A rule on the activated gate.
+    pub fn neurons(selector: Selector) -> Self {
+        Rule::Neurons { on: Stage::Activated, selector, then: None }
+    }
+
     /// The projections whose weights this rule decides about.
     pub fn covers(&self) -> &'static [Proj] {
         match self {
             Rule::Neurons { .. } => &[Proj::Up, Proj::Down],
+            Rule::Predicted { .. } => &[Proj::Gate, Proj::Up, Proj::Down],
             Rule::Inputs { proj, .. } => {
                 let i = Proj::ALL.iter().position(|p| p == proj).expect("ALL lists every projection");
                 &Proj::ALL[i..=i]
@@ -55,15 +219,68 @@ impl Rule {
     }
 
     /// How entries are selected.
-    pub fn selector(&self) -> Selector {
-        match *self {
-            Rule::Inputs { selector, .. } | Rule::Neurons { selector } => selector,
+    pub fn selector(&self) -> &Selector {
+        match self {
+            Rule::Inputs { selector, .. } | Rule::Neurons { selector, .. } | Rule::Predicted { selector, .. } => selector,
+        }
+    }
+
+    /// Name of the place, for people: `attn.q`, `mlp neurons`.
+    pub fn place(&self) -> &'static str {
+        match self {
+            Rule::Inputs { proj, .. } => proj.name(),
+            Rule::Neurons { .. } | Rule::Predicted { .. } => "mlp neurons",
+        }
+    }
+
+    /// Everything of it that lies in the side file.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let (selector, then, pair) = match self {
+            Rule::Inputs { selector, low_rank, .. } => (selector, None, low_rank.as_ref().map(|l| [&l.down, &l.up])),
+            Rule::Neurons { selector, then, .. } => (selector, then.as_ref(), None),
+            Rule::Predicted { predictor, selector, then } => {
+                (selector, then.as_ref(), Some([&predictor.down, &predictor.up]))
+            }
+        };
+        selector.tensors().chain(then.into_iter().flat_map(|s| s.tensors())).chain(pair.into_iter().flatten()).collect()
+    }
+
+    fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        let (selector, then, pair) = match self {
+            Rule::Inputs { selector, low_rank, .. } => {
+                (selector, None, low_rank.as_mut().map(|l| [&mut l.down, &mut l.up]))
+            }
+            Rule::Neurons { selector, then, .. } => (selector, then.as_mut(), None),
+            Rule::Predicted { predictor, selector, then } => {
+                (selector, then.as_mut(), Some([&mut predictor.down, &mut predictor.up]))
+            }
+        };
+        let then = then.into_iter().flat_map(|s| s.tensors_mut());
+        selector.tensors_mut().chain(then).chain(pair.into_iter().flatten()).collect()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let (signed, then) = match self {
+            Rule::Inputs { .. } => (false, &None),
+            Rule::Neurons { on, then, .. } => (*on == Stage::Gate, then),
+            Rule::Predicted { then, .. } => (true, then),
+        };
+        if matches!((self, &self.selector().cut), (Rule::Inputs { .. }, Cut::Prompt { .. })) {
+            return Err("selects inputs by the prompt; only neurons can be selected so".into());
+        }
+        self.selector().check(signed)?;
+        match then {
+            Some(t) if !matches!(t.cut, Cut::NonZero | Cut::Above { .. } | Cut::Top { .. }) => {
+                Err("selects products by their spread, a list or the prompt; a threshold or a count is needed there".into())
+            }
+            Some(t) => t.check(false),
+            None => Ok(()),
         }
     }
 }
 
 /// One entry of a plan.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// Layer, from 0.
     pub layer: usize,
@@ -111,42 +328,6 @@ fn overlap(a: &Entry, b: &Entry) -> bool {
 }
 
 impl Plan {
-    /// Reads a stored plan and checks it against the model it will run on.
-    ///
-    /// # Errors
-    /// Unreadable, over [`PLAN_MAX_BYTES`], not a plan, of another version, made for another model (both hashes are
-    /// named), or with entries that no model of `layers` layers can follow.
-    pub fn load(path: &Path, model: &str, layers: usize) -> Result<Self, MethodError> {
-        Self::parse(&read_small(path, PLAN_MAX_BYTES)?, path, model, layers)
-    }
-
-    /// [`Plan::load`] on the bytes of a file; `path` is for messages.
-    pub fn parse(text: &[u8], path: &Path, model: &str, layers: usize) -> Result<Self, MethodError> {
-        let bad = |reason: String| MethodError::Plan { path: path.into(), reason };
-        if text.len() as u64 > PLAN_MAX_BYTES {
-            return Err(bad(format!("longer than {PLAN_MAX_BYTES} bytes: not a plan of this program")));
-        }
-        #[derive(Deserialize)]
-        struct Head {
-            version: u32,
-            model: String,
-        }
-        let remedy = "damaged or not a plan; delete it and calibrate again";
-        let head: Head = serde_json::from_slice(text).map_err(|e| bad(format!("{e}: {remedy}")))?;
-        if head.version != PLAN_VERSION {
-            return Err(bad(format!(
-                "stored as version {}, this program reads {PLAN_VERSION}: calibrate again",
-                head.version
-            )));
-        }
-        if head.model != model {
-            return Err(MethodError::OtherModel { path: path.into(), plan: head.model, model: model.into() });
-        }
-        let plan: Self = serde_json::from_slice(text).map_err(|e| bad(format!("{e}: {remedy}")))?;
-        plan.check(layers).map_err(bad)?;
-        Ok(plan)
-    }
-
     /// Checks what can be checked without the model's weights: layers in range, numbers finite and in range, no
     /// projection decided twice.
     pub fn check(&self, layers: usize) -> Result<(), String> {
@@ -155,14 +336,7 @@ impl Plan {
             if e.layer >= layers {
                 return Err(format!("entry {i} names layer {}, but the model has {layers} layers", e.layer));
             }
-            if let Selector::Magnitude { threshold } = e.rule.selector()
-                && !(threshold.is_finite() && threshold >= 0.0)
-            {
-                return Err(format!(
-                    "entry {i} (layer {}) has threshold {threshold}, not a finite number >= 0",
-                    e.layer
-                ));
-            }
+            e.rule.check().map_err(|problem| format!("entry {i} (layer {}) {problem}", e.layer))?;
             if let Some(kept) = e.kept
                 && !(0.0..=1.0).contains(&kept)
             {
@@ -177,12 +351,9 @@ impl Plan {
         Ok(())
     }
 
-    /// Writes the plan so that a reader sees the old file or the new one, never a part.
-    pub fn save(&self, path: &Path) -> Result<(), MethodError> {
-        let mut text = serde_json::to_vec_pretty(self)
-            .map_err(|e| MethodError::Plan { path: path.into(), reason: e.to_string() })?;
-        text.push(b'\n');
-        Ok(write_atomically(path, Some(text.len() as u64), |out| out.write_all(&text))?)
+    /// The plan's tensors by name, each once.
+    pub fn tensors(&self) -> BTreeMap<&str, &Tensor> {
+        self.entries.iter().flat_map(|e| e.rule.tensors()).map(|t| (t.name(), t)).collect()
     }
 }
 
@@ -204,67 +375,37 @@ mod proj_name {
 mod tests {
     use super::*;
 
-    fn plan() -> Plan {
-        let selector = Selector::Magnitude { threshold: 0.1234567 };
-        Plan {
-            version: PLAN_VERSION,
-            model: "abc".into(),
-            method: "teal=0.5".into(),
-            calibration_tokens: 10,
-            entries: vec![
-                Entry { layer: 0, rule: Rule::Inputs { proj: Proj::Q, selector }, kept: Some(0.5) },
-                Entry { layer: 1, rule: Rule::Neurons { selector: Selector::NonZero }, kept: None },
-            ],
-        }
-    }
-
-    #[test]
-    fn stored_and_read_back_the_same() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("p.json");
-        plan().save(&path).unwrap();
-        assert_eq!(Plan::load(&path, "abc", 2).unwrap(), plan());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no partial file stays");
-    }
-
-    #[test]
-    fn refuses_other_models_versions_and_damage() {
-        let text = serde_json::to_string(&plan()).unwrap();
-        let parse = |t: &str| Plan::parse(t.as_bytes(), Path::new("p.json"), "abc", 2).map_err(|e| e.to_string());
-        assert!(parse(&text).is_ok());
-        let e = Plan::parse(text.as_bytes(), Path::new("p.json"), "xyz", 2).unwrap_err().to_string();
-        assert!(e.contains("abc") && e.contains("xyz"), "{e}");
-        assert!(parse(&text.replace("\"version\":1", "\"version\":9")).unwrap_err().contains("version 9"));
-        assert!(parse(&text.replace("\"layer\":1", "\"layer\":2")).unwrap_err().contains("layer 2"));
-        assert!(parse(&text.replace("attn.q", "attn.x")).unwrap_err().contains("attn.x"));
-        assert!(
-            parse(&text.replace("0.5}", "1.5}").replace("\"kept\":0.5", "\"kept\":1.5")).unwrap_err().contains("1.5")
-        );
-        for n in 0..text.len() {
-            assert!(parse(&text[..n]).is_err(), "cut at {n}");
-        }
-    }
-
-    #[test]
-    fn thresholds_must_be_finite_and_projections_decided_once() {
-        let mut p = plan();
-        p.entries[0].rule = Rule::Inputs { proj: Proj::Q, selector: Selector::Magnitude { threshold: f32::NAN } };
-        assert!(p.check(2).unwrap_err().contains("NaN"));
-        let mut p = plan();
-        p.entries.push(Entry {
-            layer: 1,
-            rule: Rule::Inputs { proj: Proj::Down, selector: Selector::NonZero },
-            kept: None,
-        });
-        assert!(p.check(2).unwrap_err().contains("second time"));
-    }
-
     #[test]
     fn composing_keeps_the_first_word() {
-        let input = |proj| Entry { layer: 0, rule: Rule::Inputs { proj, selector: Selector::NonZero }, kept: None };
-        let neurons = Entry { layer: 0, rule: Rule::Neurons { selector: Selector::NonZero }, kept: None };
+        let input = |proj| Entry { layer: 0, rule: Rule::inputs(proj, Selector::non_zero()), kept: None };
+        let neurons = Entry { layer: 0, rule: Rule::neurons(Selector::non_zero()), kept: None };
         let (kept, out) = compose([vec![neurons], Proj::ALL.map(input).to_vec()]);
         assert_eq!(kept.len(), 6, "neurons, q, k, v, o, gate");
         assert_eq!(out, [input(Proj::Up), input(Proj::Down)]);
+    }
+
+    #[test]
+    fn numbers_must_fit_their_place() {
+        let plan = |rule: Rule| Plan {
+            version: PLAN_VERSION,
+            model: "abc".into(),
+            method: "by hand".into(),
+            calibration_tokens: 0,
+            entries: vec![Entry { layer: 0, rule, kept: None }],
+        };
+        let error = |rule: Rule| plan(rule).check(1).unwrap_err();
+        assert!(error(Rule::inputs(Proj::Q, Selector::above(f32::NAN))).contains("NaN"));
+        assert!(error(Rule::inputs(Proj::Q, Selector::above(-1.0))).contains("-1"));
+        assert!(error(Rule::inputs(Proj::Q, Selector { scale: None, cut: Cut::Prompt { count: 3 } })).contains("prompt"));
+        let at_gate = Rule::Neurons { on: Stage::Gate, selector: Selector::above(-1.0), then: None };
+        plan(at_gate).check(1).unwrap();
+        let mut twice = plan(Rule::neurons(Selector::non_zero()));
+        twice.entries.push(Entry { layer: 0, rule: Rule::inputs(Proj::Down, Selector::non_zero()), kept: None });
+        assert!(twice.check(1).unwrap_err().contains("second time"));
+        let scaled = Selector::above(1.0).scaled(Tensor::vector(vec![1.0; 3]));
+        assert!(scaled.check_width(3).is_ok() && scaled.check_width(4).unwrap_err().contains("3 numbers"));
+        let list = |l: &[u32]| Selector { scale: None, cut: Cut::Listed { list: Tensor::list(l.to_vec()) } };
+        assert!(list(&[0, 2]).check_width(3).is_ok());
+        assert!(list(&[0, 3]).check_width(3).is_err() && list(&[1, 1]).check_width(3).is_err());
     }
 }

@@ -52,26 +52,32 @@ impl Recipe {
     }
 }
 
-/// Parses the short form: names separated by commas, each optionally with a value for its first parameter.
+/// Parses the short form: names separated by commas, each optionally with a value for its first parameter and others by
+/// name, `teal=0.5:prior=1`.
 pub fn parse_short(spec: &str) -> Result<Vec<Step>, MethodError> {
     let bad = |reason: String| MethodError::Recipe { path: format!("`{spec}`"), reason };
-    spec.split(',')
-        .map(|part| {
-            let (method, value) = part.split_once('=').map_or((part, None), |(m, v)| (m, Some(v)));
-            if method.trim().is_empty() {
-                return Err(bad("a method's name is missing; write for example `relu` or `teal=0.5`".into()));
-            }
-            let params = match value {
-                None => vec![],
-                Some(v) => {
-                    let number =
-                        v.trim().parse().map_err(|_| bad(format!("`{v}` after `{method}=` is not a number")))?;
-                    vec![(String::new(), number)]
-                }
-            };
-            Ok(Step { method: method.trim().into(), params })
-        })
-        .collect()
+    let number = |name: &str, v: &str| {
+        v.trim().parse().map_err(|_| bad(format!("`{v}` after `{name}=` is not a number")))
+    };
+    let step = |part: &str| {
+        let mut pieces = part.split(':');
+        let first = pieces.next().unwrap_or("");
+        let (method, value) = first.split_once('=').map_or((first, None), |(m, v)| (m, Some(v)));
+        if method.trim().is_empty() {
+            return Err(bad("a method's name is missing; write for example `relu` or `teal=0.5`".into()));
+        }
+        let mut params = vec![];
+        if let Some(v) = value {
+            params.push((String::new(), number(method, v)?));
+        }
+        for piece in pieces {
+            let missing = || bad(format!("`{piece}` is not `parameter=number`"));
+            let (name, v) = piece.split_once('=').ok_or_else(missing)?;
+            params.push((name.trim().into(), number(name, v)?));
+        }
+        Ok(Step { method: method.trim().into(), params })
+    };
+    spec.split(',').map(step).collect()
 }
 
 fn parse_table(text: &str) -> Result<Recipe, String> {
@@ -187,6 +193,9 @@ mod tests {
     fn short_form() {
         let steps = parse_short("relu, teal=0.4").unwrap();
         assert_eq!(steps[1], Step { method: "teal".into(), params: vec![(String::new(), 0.4)] });
+        let named = parse_short("teal=0.4:prior=1").unwrap();
+        assert_eq!(named[0].params, [(String::new(), 0.4), ("prior".into(), 1.0)]);
+        assert!(parse_short("teal=0.4:prior").is_err() && parse_short("teal:prior=x").is_err());
         assert!(parse_short("teal=x").is_err() && parse_short("").is_err() && parse_short("relu,").is_err());
     }
 }

@@ -89,6 +89,11 @@ pub enum Point {
         /// Layer, from 0.
         layer: usize,
     },
+    /// The output of up in a gated MLP, before it is multiplied with the gate: `layers.N.mlp.up.output`.
+    Up {
+        /// Layer, from 0.
+        layer: usize,
+    },
     /// What a block leaves in the residual stream: `layers.N.output`.
     Output {
         /// Layer, from 0.
@@ -103,6 +108,7 @@ impl fmt::Display for Point {
         match self {
             Point::Input { layer, proj } => write!(f, "layers.{layer}.{proj}.input"),
             Point::Neurons { layer } => write!(f, "layers.{layer}.mlp.neurons"),
+            Point::Up { layer } => write!(f, "layers.{layer}.mlp.up.output"),
             Point::Output { layer } => write!(f, "layers.{layer}.output"),
             Point::Head => f.write_str("head.input"),
         }

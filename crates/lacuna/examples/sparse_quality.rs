@@ -3,7 +3,7 @@
 //! `cargo run --release -p lacuna --example sparse_quality -- MODEL_DIR STORIES.txt TEST_STORIES SPEC...` where the
 //! first `TEST_STORIES` of the last 300 documents (between `<|endoftext|>` lines) are scored, the first 40 documents calibrate,
 //! and each SPEC is a short form (`relu`, `teal=0.5`, `relu,teal=0.4`); `dense` alone scores all in chunks. Plans are
-//! followed everywhere (no dense fall-back), and the base of the divergence decodes token by token as the plan does.
+//! followed everywhere (no dense fall-back), in masked passes.
 
 use lacuna::{
     calibrate,
@@ -13,7 +13,7 @@ use lacuna::{
         compile::{CompileOptions, compile},
         layouts::LayoutCache,
     },
-    eval::{EngineSource, divergence, perplexity, windows},
+    eval::{EngineSource, Scoring, divergence, perplexity, windows},
     model::{LoadOptions, Model, load},
     tokenizer::Tokenizer,
 };
@@ -42,7 +42,7 @@ fn main() -> Outcome<()> {
     println!("|---|---:|---:|---:|---:|---:|---:|---:|");
     for spec in specs {
         if spec == "dense" {
-            let mut source = EngineSource::new(&dense, 0, false)?;
+            let mut source = EngineSource::new(&dense, 0, Scoring::Dense)?;
             let p = perplexity(&mut source, &test, Some(tokenizer.pieces()), |_| {})?;
             let bits = p.bits_per_byte().unwrap_or(f64::NAN);
             let bytes = dense.bytes_per_token(200);
@@ -64,20 +64,18 @@ fn sparse(
     tokenizer: &Tokenizer,
 ) -> Outcome<()> {
     let steps = registry::parse(spec)?;
-    let layers = calibrate::layer_shapes(&model.spec);
-    let needed = calibrate::needed(&steps, &layers);
     let mut session = dense.session(0)?;
     let mut forward = |tokens: &[u32], observer: &mut dyn Observer| {
         session.truncate(0);
         session.observe(tokens, observer)
     };
-    let statistics = calibrate::observe(&mut forward, training, &needed.points, |_, _| {})?;
-    let (plan, _) = calibrate::plan(&steps, &layers, &model.hash, &statistics)?;
-    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense() };
+    let subject = calibrate::Subject::new(model);
+    let (plan, _) = calibrate::calibrate(&steps, &subject, &mut forward, training, |_, _, _| {})?;
+    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: true };
     let compiled = compile(&plan, model, &options, dense.pool(), &|_, _| {})?;
     let engine = Engine::new(compiled.model, Options { plan: Some(compiled.plan), ..Options::default() })?;
-    let mut base = EngineSource::new(dense, 0, true)?;
-    let mut source = EngineSource::new(&engine, 0, true)?;
+    let mut base = EngineSource::new(dense, 0, Scoring::Dense)?;
+    let mut source = EngineSource::new(&engine, 0, Scoring::Masked)?;
     let d = divergence(&mut base, &mut source, test, Some(tokenizer.pieces()), |_| {})?;
     let counters = source.session().counters();
     let sites = counters.layers.iter().flat_map(|l| l.inputs.iter().chain([&l.neurons]));

@@ -54,21 +54,21 @@ fn transposed(w: &Weight) -> Weight {
 
 /// Thresholds on the inputs of attention; on the neurons of the MLP, or its inputs.
 fn plan(model: &Model, neurons: bool) -> CompiledPlan {
-    let selector = Selector::Magnitude { threshold: 0.3 };
+    let selector = Selector::above(0.3);
     let layers = model.blocks.iter().map(|block| {
         let mut layer = LayerPlan::default();
         for proj in Proj::ALL {
             let covered = neurons && matches!(proj, Proj::Gate | Proj::Up | Proj::Down);
             if let (false, Some(linear)) = (covered, block.linear(proj)) {
-                layer.inputs[proj as usize] = Some(InputRule { selector, weight: transposed(&linear.weight) });
+                layer.inputs[proj as usize] = Some(InputRule::new(selector.clone(), transposed(&linear.weight)));
             }
         }
         if let (true, Mlp::Gated(g)) = (neurons, &block.mlp) {
-            layer.neurons = Some(NeuronRule { selector: Selector::NonZero, down: transposed(&g.down.weight) });
+            layer.neurons = Some(NeuronRule::new(Selector::non_zero(), transposed(&g.down.weight)));
         }
         layer
     });
-    CompiledPlan { layers: layers.collect() }
+    CompiledPlan { layers: layers.collect(), masked: false }
 }
 
 /// Every kind dense, and some with plans.

@@ -198,22 +198,22 @@ fn plan(model: &Model, selector: Selector, neurons: bool) -> CompiledPlan {
         for proj in Proj::ALL {
             let covered = neurons && matches!(proj, Proj::Gate | Proj::Up | Proj::Down);
             if let (false, Some(linear)) = (covered, block.linear(proj)) {
-                layer.inputs[proj as usize] = Some(InputRule { selector, weight: transposed(&linear.weight) });
+                layer.inputs[proj as usize] = Some(InputRule::new(selector.clone(), transposed(&linear.weight)));
             }
         }
         if let (true, Mlp::Gated(g)) = (neurons, &block.mlp) {
-            layer.neurons = Some(NeuronRule { selector: Selector::NonZero, down: transposed(&g.down.weight) });
+            layer.neurons = Some(NeuronRule::new(Selector::non_zero(), transposed(&g.down.weight)));
         }
         layer
     });
-    CompiledPlan { layers: layers.collect() }
+    CompiledPlan { layers: layers.collect(), masked: false }
 }
 
 #[test]
 fn a_plan_that_keeps_everything_that_matters_is_dense() {
     for neurons in [false, true] {
         let model = random::model(Kind { act: Act::Relu, ..PLAIN_LLAMA }, 8);
-        let compiled = Arc::new(plan(&model, Selector::Magnitude { threshold: 0.0 }, neurons));
+        let compiled = Arc::new(plan(&model, Selector::above(0.0), neurons));
         let e = engine(model, exact());
         let sparse = e.with_plan(Some(compiled)).expect("a fitting plan");
         let (mut a, mut b) = (e.session(0).expect("a session"), sparse.session(0).expect("a session"));
@@ -232,7 +232,7 @@ fn a_plan_that_keeps_everything_that_matters_is_dense() {
 #[test]
 fn thresholds_skip_and_change_the_result() {
     let model = random::model(PLAIN_LLAMA, 8);
-    let compiled = Arc::new(plan(&model, Selector::Magnitude { threshold: 0.3 }, false));
+    let compiled = Arc::new(plan(&model, Selector::above(0.3), false));
     let e = engine(model, exact()).with_plan(Some(compiled)).expect("a fitting plan");
     let mut s = e.session(0).expect("a session");
     s.prefill(&tokens(5, 1)).expect("prefills");
@@ -247,9 +247,9 @@ fn thresholds_skip_and_change_the_result() {
 #[test]
 fn plans_for_other_models_are_refused() {
     let e = engine(random::model(PLAIN_LLAMA, 8), exact());
-    let mut short = plan(e.model(), Selector::NonZero, false);
+    let mut short = plan(e.model(), Selector::non_zero(), false);
     short.layers.pop();
-    let mut crossed = plan(e.model(), Selector::NonZero, false);
+    let mut crossed = plan(e.model(), Selector::non_zero(), false);
     crossed.layers[1].inputs.swap(Proj::Q as usize, Proj::Down as usize);
     for bad in [short, crossed] {
         assert!(matches!(e.with_plan(Some(Arc::new(bad))), Err(Error::Argument { name: "plan", .. })));

@@ -12,8 +12,10 @@ use lacuna::{
     tokenizer::Tokenizer,
 };
 use lacuna_core::{
+    method::{LayerShape, Weights},
     observer::Observer,
-    plan::{Entry, PLAN_VERSION, Plan, Rule, Selector},
+    plan::{Cut, Entry, LowRank, PLAN_VERSION, Plan, Predictor, Rule, Selector, Stage},
+    tensor::Tensor,
     site::{Point, Proj},
 };
 use lacuna_kernels::Pool;
@@ -51,7 +53,7 @@ fn engine(model: &Arc<Model>, compiled: Option<&Compiled>) -> Engine {
 /// No cache on disk; `always`: no dense fall-back.
 fn compiled(plan: &Plan, model: &Arc<Model>, always: bool) -> Compiled {
     let break_even = if always { BreakEven::never_dense() } else { BreakEven::default() };
-    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even };
+    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even, masked: false };
     compile(plan, model, &options, &Pool::new(2), &|_, _| {}).unwrap()
 }
 
@@ -72,16 +74,14 @@ fn same_bits(a: &[f32], b: &[f32]) -> bool {
 /// A plan of `steps`, calibrated on `tokens` by the dense engine.
 fn calibrated(steps: &str, model: &Arc<Model>, windows: &[Vec<u32>]) -> Plan {
     let steps = registry::parse(steps).unwrap();
-    let layers = calibrate::layer_shapes(&model.spec);
-    let needed = calibrate::needed(&steps, &layers);
+    let subject = calibrate::Subject::new(model);
     let dense = engine(model, None);
     let mut session = dense.session(0).unwrap();
     let mut forward = |tokens: &[u32], observer: &mut dyn Observer| {
         session.truncate(0);
         session.observe(tokens, observer)
     };
-    let statistics = calibrate::observe(&mut forward, windows, &needed.points, |_, _| {}).unwrap();
-    let (plan, notes) = calibrate::plan(&steps, &layers, &model.hash, &statistics).unwrap();
+    let (plan, notes) = calibrate::calibrate(&steps, &subject, &mut forward, windows, |_, _, _| {}).unwrap();
     assert!(notes.is_empty() || steps.len() > 1, "{notes:?}");
     plan
 }
@@ -116,9 +116,9 @@ fn relu_skipping_is_exact_and_counts_what_it_reads() {
         let model = model(&dir);
         let tokens = tokens_for(&model, 12);
         let steps = registry::parse("relu").unwrap();
-        let layers = calibrate::layer_shapes(&model.spec);
+        let subject = calibrate::Subject::new(&model);
         let nothing = lacuna_core::statistics::Statistics::default();
-        let Ok((plan, _)) = calibrate::plan(&steps, &layers, &model.hash, &nothing) else { continue };
+        let Ok((plan, _)) = calibrate::plan(&steps, &subject, &nothing) else { continue };
         seen += 1;
         let sparse = compiled(&plan, &model, false);
         let want = logits(&engine(&sparse.model, None), &tokens, 4);
@@ -137,11 +137,10 @@ fn a_plan_for_other_weights_or_places_is_refused() {
     let find = |name: &str| fixtures().into_iter().find(|d| d.ends_with(name)).unwrap();
     let (llama, opt) = (model(&find("llama2")), model(&find("opt")));
     let error = |plan: &Plan, model: &Arc<Model>| {
-        let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::default() };
+        let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::default(), masked: false };
         compile(plan, model, &options, &Pool::new(1), &|_, _| {}).unwrap_err().to_string()
     };
-    let selector = Selector::NonZero;
-    let entries = vec![Entry { layer: 0, rule: Rule::Inputs { proj: Proj::Gate, selector }, kept: None }];
+    let entries = vec![Entry { layer: 0, rule: Rule::inputs(Proj::Gate, Selector::non_zero()), kept: None }];
     let method = "by hand".into();
     let mut plan = Plan { version: PLAN_VERSION, model: opt.hash.clone(), method, calibration_tokens: 0, entries };
     assert!(error(&plan, &llama).contains(&opt.hash) && error(&plan, &llama).contains(&llama.hash));
@@ -160,7 +159,7 @@ fn quantised_files_run_from_cached_copies_and_odd_rows_from_f16() {
         let dir = tempfile::tempdir().unwrap();
         let with_cache = || {
             let cache = LayoutCache::new(Some(dir.path()), &model.hash);
-            let options = CompileOptions { cache, break_even: BreakEven::never_dense() };
+            let options = CompileOptions { cache, break_even: BreakEven::never_dense(), masked: false };
             compile(&plan, &model, &options, &Pool::new(2), &|_, _| {}).unwrap()
         };
         let first = with_cache();
@@ -233,7 +232,8 @@ impl Observer for Keeping<'_> {
 
     fn observe(&mut self, point: Point, _: usize, values: &[f32]) {
         for (entry, count) in self.plan.entries.iter().zip(&mut self.counts) {
-            let Rule::Inputs { proj, selector: Selector::Magnitude { threshold } } = entry.rule else { continue };
+            let Rule::Inputs { proj, .. } = entry.rule else { continue };
+            let Cut::Above { threshold } = entry.rule.selector().cut else { continue };
             if point == (Point::Input { layer: entry.layer, proj }) {
                 count.0 += values.iter().filter(|x| x.abs() > threshold).count() as u64;
                 count.1 += values.len() as u64;
@@ -247,7 +247,7 @@ fn teal_keeps_its_share_on_calibration_data_and_nearly_on_other_text() {
     let Some(dir) = shared("models/lacuna-stories") else { return };
     let model = model(&dir);
     let (Some(seen), Some(unseen)) = (stories(&dir, 0..12, false), stories(&dir, 0..12, true)) else { return };
-    let plan = calibrated("teal=0.4", &model, &seen);
+    let plan = calibrated("teal=0.4:prior=0", &model, &seen);
     for (windows, bound) in [(seen, 0.005), (unseen, 0.03)] {
         let mut keeping = Keeping { plan: &plan, counts: vec![(0, 0); plan.entries.len()] };
         let dense = engine(&model, None);
@@ -275,4 +275,87 @@ fn relu_and_teal_compose_and_composition_reads_less_than_either() {
     };
     let (both, relu, teal) = (bytes("relu,teal=0.5"), bytes("relu"), bytes("teal=0.5"));
     assert!(both < relu && both < teal, "{both} {relu} {teal}");
+}
+
+/// Plans by hand with every kind of rule that fits the model.
+fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
+    let weights = calibrate::weights::ModelWeights::new(model.clone());
+    let shapes = calibrate::layer_shapes(&model.spec);
+    let norms = |layer: usize, proj: Proj| weights.column_norms(layer, &[proj]).unwrap();
+    let inputs = |make: &dyn Fn(usize, Proj, usize) -> Rule| -> Vec<Entry> {
+        let each = |(layer, shape): (usize, &LayerShape)| {
+            let present = Proj::ALL.into_iter().filter_map(|p| Some((p, shape.projection(p)?.1)));
+            present.map(|(p, n)| Entry { layer, rule: make(layer, p, n), kept: None }).collect::<Vec<_>>()
+        };
+        shapes.iter().enumerate().flat_map(each).collect()
+    };
+    let neurons = |make: &dyn Fn(usize, usize) -> Rule| -> Vec<Entry> {
+        let each = |(layer, s): (usize, &LayerShape)| Some(Entry { layer, rule: make(layer, s.mlp.as_ref()?.inner), kept: None });
+        shapes.iter().enumerate().filter_map(each).collect()
+    };
+    let gaussian = |multiple: f32| Selector { scale: None, cut: Cut::Gaussian { multiple } };
+    let every_second = |n: usize| Selector { scale: None, cut: Cut::Listed { list: Tensor::list((0..n as u32).step_by(2).collect()) } };
+    let width = model.spec.width;
+    let numbers = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 0.2).collect::<Vec<_>>();
+    let predictor = |n: usize| Predictor { down: Tensor::matrix(6, &numbers(6 * width)), up: Tensor::matrix(n, &numbers(6 * n)), relu: true };
+    let low_rank = |proj: Proj, n: usize| {
+        let outputs = shapes[0].projection(proj).unwrap().0;
+        LowRank { down: Tensor::matrix(3, &numbers(3 * n)), up: Tensor::matrix(outputs, &numbers(3 * outputs)) }
+    };
+    let lists = [
+        ("scaled threshold", inputs(&|l, p, _| Rule::inputs(p, Selector::above(0.2).scaled(norms(l, p))))),
+        ("scaled top-k", inputs(&|l, p, n| Rule::inputs(p, Selector::top(n / 2).scaled(norms(l, p))))),
+        ("gaussian inputs", inputs(&|_, p, _| Rule::inputs(p, gaussian(-0.2)))),
+        ("listed inputs", inputs(&|_, p, n| Rule::inputs(p, every_second(n)))),
+        ("low rank", inputs(&|_, p, n| Rule::Inputs { proj: p, selector: Selector::top(n / 3), low_rank: Some(low_rank(p, n)) })),
+        ("neurons, top-k", neurons(&|_, n| Rule::neurons(Selector::top(n / 2)))),
+        ("neurons, scaled", neurons(&|l, _| Rule::neurons(Selector::above(0.1).scaled(norms(l, Proj::Down))))),
+        ("neurons at the gate", neurons(&|_, _| Rule::Neurons { on: Stage::Gate, selector: gaussian(0.1), then: None })),
+        ("neurons, then products", neurons(&|l, n| Rule::Neurons {
+            on: Stage::Activated,
+            selector: Selector::top(n / 2),
+            then: Some(Selector::top(n / 4).scaled(norms(l, Proj::Down))),
+        })),
+        ("predicted", neurons(&|_, n| Rule::Predicted { predictor: predictor(n), selector: Selector::top(n / 2), then: None })),
+        ("predicted, threshold", neurons(&|_, n| Rule::Predicted {
+            predictor: predictor(n),
+            selector: Selector { scale: None, cut: Cut::Above { threshold: -0.1 } },
+            then: Some(Selector::non_zero()),
+        })),
+    ];
+    let plan = |(name, entries)| {
+        let (model, method) = (model.hash.clone(), String::from("by hand"));
+        (name, Plan { version: PLAN_VERSION, model, method, calibration_tokens: 0, entries })
+    };
+    lists.into_iter().filter(|l| !l.1.is_empty()).map(plan).collect()
+}
+
+/// Masked passes compute what decode computes, for every kind of rule, on every architecture without experts.
+#[test]
+fn masked_passes_equal_decode_step_by_step() {
+    for dir in fixtures() {
+        let model = model(&dir);
+        let tokens = tokens_for(&model, 14);
+        for (name, plan) in plans_by_hand(&model) {
+            let sparse = compiled(&plan, &model, true);
+            let e = engine(&sparse.model, Some(&sparse));
+            let want = logits(&e, &tokens, 3);
+            let width = model.spec.vocab;
+            let mask_only = {
+                let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: true };
+                compile(&plan, &model, &options, &Pool::new(1), &|_, _| {}).unwrap()
+            };
+            for e in [&e, &engine(&mask_only.model, Some(&mask_only))] {
+                let mut session = e.session(0).unwrap();
+                let mut got = session.prefill(&tokens[..3]).unwrap().to_vec();
+                session.score_masked(&tokens[3..], &mut |_, row| got.extend_from_slice(row)).unwrap();
+                let range = want.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+                let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert_eq!(got.len(), width * (tokens.len() - 2));
+                assert!(far <= 2e-2 * range, "{} {name}: {far} of {range}", dir.display());
+                let kept = session.counters().layers.iter().flat_map(|l| l.inputs.iter().chain([&l.neurons])).map(|c| c.total).sum::<u64>();
+                assert!(kept > 0 && session.counters().steps == 11);
+            }
+        }
+    }
 }

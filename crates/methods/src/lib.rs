@@ -6,3 +6,6 @@
 
 pub mod activations;
 pub mod registry;
+
+#[cfg(test)]
+mod testing;

@@ -1,6 +1,6 @@
 //! The one list of methods, and how names in recipes and on command lines become methods with checked parameters.
 
-use crate::activations::{relu::Relu, teal::Teal};
+use crate::activations::{cats::Cats, chess::Chess, fatrelu::FatRelu, relu::Relu, teal::Teal, topk::TopK, wina::Wina};
 use lacuna_core::{
     method::{Method, MethodError, Params},
     recipe::{Step, parse_short},
@@ -8,7 +8,7 @@ use lacuna_core::{
 };
 
 /// Every method. Everything else that lists methods is derived from this slice.
-pub static METHODS: &[&dyn Method] = &[&Relu, &Teal];
+pub static METHODS: &[&dyn Method] = &[&Relu, &FatRelu, &TopK, &Cats, &Chess, &Teal, &Wina];
 
 /// A step with its method found and its parameters checked.
 #[derive(Clone, Debug)]
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn short_forms_resolve_and_slips_are_named() {
         let steps = parse("relu,teal=0.4").unwrap();
-        assert_eq!(steps.iter().map(Resolved::label).collect::<Vec<_>>(), ["relu", "teal=0.4"]);
+        assert_eq!(steps.iter().map(Resolved::label).collect::<Vec<_>>(), ["relu", "teal=0.4:prior=1"]);
         let error = |s: &str| parse(s).unwrap_err().to_string();
         assert!(error("teel=0.5").contains("did you mean `teal`"));
         assert!(error("teal=1").contains("[0, 1)"));

@@ -4,11 +4,8 @@ use super::eval::read_text;
 use crate::{Outcome, args::LoadArgs, open, table::Table, text};
 use anyhow::{Result, bail};
 use indicatif::ProgressBar;
-use lacuna::calibrate::{self, store};
-use lacuna_core::{
-    plan::{Plan, Rule},
-    site::Point,
-};
+use lacuna::calibrate::{self, Subject, store};
+use lacuna_core::plan::Plan;
 use lacuna_methods::registry;
 use std::{
     collections::BTreeMap,
@@ -49,30 +46,30 @@ pub fn run(mut args: Args) -> Result<Outcome> {
     let place = open::Place::find(name)?;
     let ready = open::ready(name, Some(0), &args.load)?;
     let model = ready.dense.model().clone();
-    let layers = calibrate::layer_shapes(&model.spec);
-    let needed = calibrate::needed(&steps, &layers);
-    let points: Vec<Point> = needed.points;
+    let subject = Subject::new(&model);
+    let needed = calibrate::tokens_wanted(&steps, &subject);
     let tokenizer = ready.tokenizer()?;
     let tokens = tokenizer.encode(&read_text(&args.file)?, true)?;
-    let wanted = args.tokens.unwrap_or(needed.tokens.max(DEFAULT_TOKENS));
+    let wanted = args.tokens.unwrap_or(needed.max(DEFAULT_TOKENS));
     let bos = tokenizer.special().bos.filter(|b| tokens.first() == Some(b));
     let windows = calibrate::windows(&tokens, model.spec.context, wanted, args.seed, bos);
     let bar = if stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let mut session = ready.dense.session(0)?;
-    let statistics = calibrate::observe(
+    let (plan, notes) = calibrate::calibrate(
+        &steps,
+        &subject,
         &mut |tokens, observer| {
             session.truncate(0);
             session.observe(tokens, observer)
         },
         &windows,
-        &points,
-        |done, all| {
+        |pass, done, all| {
+            bar.set_message(format!("pass {}", pass + 1));
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         },
     )?;
     bar.finish_and_clear();
-    let (plan, notes) = calibrate::plan(&steps, &layers, &model.hash, &statistics)?;
     notes.iter().for_each(|n| eprintln!("note: {n}"));
     let path = match &args.output {
         Some(path) => {
@@ -94,10 +91,7 @@ const DEFAULT_TOKENS: usize = 2048;
 fn summary(plan: &Plan) -> Table {
     let mut places: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for entry in &plan.entries {
-        let place = match entry.rule {
-            Rule::Inputs { proj, .. } => proj.name(),
-            Rule::Neurons { .. } => "mlp neurons",
-        };
+        let place = entry.rule.place();
         places.entry(place).or_default().extend(entry.kept.map(f64::from));
     }
     let mut table = Table::new(&["place", "kept:", "lowest:", "highest:"]);

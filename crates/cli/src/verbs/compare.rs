@@ -29,6 +29,7 @@ use lacuna::{
 };
 use lacuna_core::{hash::sha256, plan::Plan, statistics::Statistics};
 use lacuna_kernels::{isa, probe::StreamProbe};
+use lacuna_methods::registry::Resolved;
 use std::{
     env, fs,
     io::{IsTerminal, Write, stderr, stdout},
@@ -323,14 +324,16 @@ fn plans(
     requests: Vec<Request>,
 ) -> Result<(Vec<Planned>, Option<Calibration>)> {
     let model = subject.ready.dense.model().clone();
-    let layers = calibrate::layer_shapes(&model.spec);
+    let seen = calibrate::Subject::new(&model);
     let steps = requests.iter().filter_map(|r| match r {
         Request::Methods(c) => Some(c.steps.clone()),
         Request::File(_) => None,
     });
-    let needed = calibrate::needed(&steps.collect::<Vec<_>>().concat(), &layers);
-    let statistics = if needed.tokens > 0 { observe(args, subject, texts, &needed)? } else { Statistics::new([]) };
-    let calibration = (needed.tokens > 0).then(|| Calibration {
+    let steps = steps.collect::<Vec<_>>().concat();
+    let tokens = calibrate::tokens_wanted(&steps, &seen);
+    let statistics =
+        if tokens > 0 { observe(args, subject, texts, (&steps, &seen, tokens))? } else { Statistics::default() };
+    let calibration = (tokens > 0).then(|| Calibration {
         file: texts.calibration.0.display().to_string(),
         sha256: texts.calibration.1.clone(),
         tokens: statistics.tokens() as usize,
@@ -349,9 +352,9 @@ fn plans(
                 )
             }
             Request::Methods(c) => {
-                let (plan, notes) = calibrate::plan(&c.steps, &layers, &model.hash, &statistics)?;
+                let (plan, notes) = calibrate::plan(&c.steps, &seen, &statistics)?;
                 notes.iter().for_each(|n| tracing::info!("{}: {n}", c.label));
-                let command = command(args, subject, &plan, calibrate::needed(&c.steps, &layers).tokens > 0)?;
+                let command = command(args, subject, &plan, calibrate::tokens_wanted(&c.steps, &seen) > 0)?;
                 (plan, c.family, c.value, command)
             }
         };
@@ -375,7 +378,12 @@ fn command(args: &Args, subject: &Subject, plan: &Plan, calibrated: bool) -> Res
     Ok(format!("{}lacuna run{flag} --sparse {spec}", if calibrated { first.as_str() } else { "" }))
 }
 
-fn observe(args: &Args, subject: &Subject, texts: &Texts, needed: &calibrate::Needed) -> Result<Statistics> {
+fn observe(
+    args: &Args,
+    subject: &Subject,
+    texts: &Texts,
+    (steps, seen, wanted): (&[Resolved], &calibrate::Subject, usize),
+) -> Result<Statistics> {
     let tokenizer = subject.ready.tokenizer()?;
     let tokens = tokenizer.encode(&texts.calibration.2, true)?;
     if tokens.len() < 2 {
@@ -383,14 +391,15 @@ fn observe(args: &Args, subject: &Subject, texts: &Texts, needed: &calibrate::Ne
     }
     let bos = tokenizer.special().bos.filter(|b| tokens.first() == Some(b));
     let context = subject.ready.dense.model().spec.context;
-    let windows = calibrate::windows(&tokens, context, needed.tokens, args.seed, bos);
+    let windows = calibrate::windows(&tokens, context, wanted, args.seed, bos);
     let mut session = subject.ready.dense.session(0)?;
     let bar = Bar::new(0);
     let mut forward = |tokens: &[u32], observer: &mut dyn lacuna_core::observer::Observer| {
         session.truncate(0);
         session.observe(tokens, observer)
     };
-    let statistics = calibrate::observe(&mut forward, &windows, &needed.points, |done, all| {
+    let mut statistics = Statistics::default();
+    calibrate::gather(steps, seen, &mut forward, &windows, &mut statistics, &mut |_, done, all| {
         bar.set("observing the calibration text", done, all);
     })?;
     bar.end();

@@ -15,7 +15,7 @@ use lacuna::{
         generate::{Generated, Limits, generate},
         sampler::{Sampler, SamplerOptions},
     },
-    eval::{Divergence, EngineSource, divergence, windows},
+    eval::{Divergence, EngineSource, Scoring, divergence, windows},
     tokenizer::Tokenizer,
 };
 use std::{
@@ -108,8 +108,8 @@ fn compare(dense: &Engine, sparse: &Engine, tokenizer: &Tokenizer) -> Result<Div
     let encode = |part: &str| tokenizer.encode(part, true);
     let documents = windows::split_documents(TEXT, MARK).into_iter().map(encode).collect::<Result<Vec<_>, _>>()?;
     let windows = windows::documents(documents, dense.model().spec.context);
-    let mut base = EngineSource::new(dense, 0, true)?;
-    let mut test = EngineSource::new(sparse, 0, true)?;
+    let mut base = EngineSource::new(dense, 0, Scoring::Steps)?;
+    let mut test = EngineSource::new(sparse, 0, Scoring::Steps)?;
     Ok(divergence(&mut base, &mut test, &windows, Some(tokenizer.pieces()), |_| {})?)
 }
 

@@ -9,7 +9,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use lacuna::{
-    eval::{Divergence, EngineSource, Perplexity, Protocol, Window, divergence, perplexity, windows},
+    eval::{Divergence, EngineSource, Perplexity, Protocol, Scoring, Window, divergence, perplexity, windows},
     tokenizer::{MAX_TEXT_BYTES, Tokenizer},
 };
 use serde_json::json;
@@ -60,6 +60,9 @@ struct Common {
     /// Cut the text at lines that consist of this mark; each document is scored alone, behind BOS.
     #[arg(long, value_name = "MARK", conflicts_with = "stride", env = "LACUNA_DOCUMENTS")]
     documents: Option<String>,
+    /// Under a plan, decode token by token as in use, instead of masked chunks (the same up to rounding, much faster).
+    #[arg(long, env = "LACUNA_STEPS")]
+    steps: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -79,7 +82,8 @@ fn ppl(args: &Common) -> Result<Outcome> {
     let ready = open::ready(args.model.as_deref(), Some(0), &args.load)?;
     let tokenizer = ready.tokenizer()?;
     let windows = windows_of(args, tokenizer)?;
-    let mut source = EngineSource::new(&ready.engine, longest(&windows), ready.plan.is_some())?;
+    let scoring = scoring(args, &ready);
+    let mut source = EngineSource::new(&ready.engine, longest(&windows), scoring)?;
     let mut line = Running::new();
     let result = perplexity(&mut source, &windows, Some(tokenizer.pieces()), |p| {
         line.show(p.done, p.total, p.so_far.ppl().0);
@@ -89,9 +93,11 @@ fn ppl(args: &Common) -> Result<Outcome> {
     if args.json {
         let mut value = ppl_json(&result);
         value["plan"] = json!(ready.label());
+        value["scoring"] = json!(scoring.describe());
         writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
     } else {
         writeln!(out, "plan           {}", ready.label())?;
+        writeln!(out, "scored         {}", scoring.describe())?;
         ppl_lines(&mut out, "", &result)?;
     }
     Ok(Outcome::Good)
@@ -113,10 +119,11 @@ fn kld(args: &Common, base: Option<&str>) -> Result<Outcome> {
     let tokenizer = ready.tokenizer()?;
     let windows = windows_of(args, tokenizer)?;
     let most = longest(&windows);
+    let scoring = scoring(args, &ready);
     let (mut base, mut test) = (
-        // Step by step as well, so that against the same model the plan makes the whole difference.
-        EngineSource::new(base_engine, most, other.is_none())?,
-        EngineSource::new(&ready.engine, most, ready.plan.is_some())?,
+        // The base goes the same way, so that against the same model the plan makes the whole difference.
+        EngineSource::new(base_engine, most, if scoring == Scoring::Steps { scoring } else { Scoring::Dense })?,
+        EngineSource::new(&ready.engine, most, scoring)?,
     );
     let mut line = Running::new();
     let result = divergence(&mut base, &mut test, &windows, Some(tokenizer.pieces()), |p| {
@@ -127,12 +134,23 @@ fn kld(args: &Common, base: Option<&str>) -> Result<Outcome> {
     if args.json {
         let mut value = kld_json(&result);
         value["plan"] = json!(ready.label());
+        value["scoring"] = json!(scoring.describe());
         writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
     } else {
         writeln!(out, "plan           {}", ready.label())?;
+        writeln!(out, "scored         {}", scoring.describe())?;
         kld_lines(&mut out, &result)?;
     }
     Ok(Outcome::Good)
+}
+
+/// How the model is scored: dense, or under its plan.
+fn scoring(args: &Common, ready: &Ready) -> Scoring {
+    match (&ready.plan, args.steps) {
+        (None, _) => Scoring::Dense,
+        (Some(_), true) => Scoring::Steps,
+        (Some(_), false) => Scoring::Masked,
+    }
 }
 
 fn windows_of(args: &Common, tokenizer: &Tokenizer) -> Result<Vec<Window>> {

@@ -1,23 +1,27 @@
-//! From methods with parameters to a stored plan: one dense pass over a text with an observer, then each method plans.
+//! From methods with parameters to a stored plan: dense passes over a text with an observer, then each method plans.
 //!
-//! The pass itself is a closure, so that the engine, the reference and tests can all be calibrated.
+//! [`calibrate`] does it all. The pass itself is a closure, so that the engine, the reference and tests can be calibrated.
 
 pub mod store;
+pub mod weights;
 
 use crate::{
     engine::sampler::Rng,
     error::Result,
-    model::spec::{Act, BlockSpec, MlpSpec, Spec},
+    model::{
+        Model,
+        spec::{Act, BlockSpec, MlpSpec, Spec},
+    },
 };
 use lacuna_core::{
-    method::{LayerShape, MethodError, MlpShape, PlanContext},
+    method::{Budgets, LayerShape, MethodError, MlpShape, Needs, PlanContext, Weights},
     observer::Observer,
     plan::{PLAN_VERSION, Plan, compose},
-    site::Point,
-    statistics::Statistics,
+    statistics::{Observation, Statistics},
 };
 use lacuna_methods::registry::Resolved;
-use std::collections::BTreeSet;
+use std::sync::Arc;
+use weights::ModelWeights;
 
 /// Longest calibration window, in tokens.
 pub const MAX_WINDOW: usize = 2048;
@@ -57,20 +61,44 @@ fn activation_name(act: Act) -> &'static str {
     }
 }
 
-/// What the methods of a recipe must see together.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Needed {
-    /// Points to observe.
-    pub points: Vec<Point>,
-    /// Tokens of text; 0 where no method needs any (statistics then only report kept shares).
-    pub tokens: usize,
+/// A model as methods see it.
+pub struct Subject {
+    /// Its layers.
+    pub layers: Vec<LayerShape>,
+    /// Its weights.
+    pub weights: Box<dyn Weights>,
+    /// Its hash, which binds the plan.
+    pub hash: String,
+    /// Shares that a search decided.
+    pub budgets: Budgets,
 }
 
-/// The union of what `steps` need.
-pub fn needed(steps: &[Resolved], layers: &[LayerShape]) -> Needed {
-    let needs: Vec<_> = steps.iter().map(|s| s.method.needs(&s.params, layers)).collect();
-    let points: BTreeSet<Point> = needs.iter().flat_map(|n| n.points.iter().copied()).collect();
-    Needed { points: points.into_iter().collect(), tokens: needs.iter().map(|n| n.tokens).max().unwrap_or(0) }
+impl Subject {
+    /// A loaded model, without budgets from a search.
+    pub fn new(model: &Arc<Model>) -> Self {
+        Self {
+            layers: layer_shapes(&model.spec),
+            weights: Box::new(ModelWeights::new(model.clone())),
+            hash: model.hash.clone(),
+            budgets: Budgets::default(),
+        }
+    }
+
+    /// What `steps` want to see, given what was seen already.
+    pub fn needs(&self, steps: &[Resolved], statistics: &Statistics) -> Needs {
+        let needs: Vec<_> = steps.iter().map(|s| s.method.needs(&s.params, self.context(statistics))).collect();
+        let tokens = needs.iter().map(|n| n.tokens).max().unwrap_or(0);
+        Needs { observations: needs.into_iter().flat_map(|n| n.observations).collect(), tokens }
+    }
+
+    fn context<'a>(&'a self, statistics: &'a Statistics) -> PlanContext<'a> {
+        PlanContext { layers: &self.layers, statistics, weights: &*self.weights, budgets: &self.budgets }
+    }
+}
+
+/// Tokens of calibration text that `steps` work well from; 0 where none needs any (statistics then only report shares).
+pub fn tokens_wanted(steps: &[Resolved], subject: &Subject) -> usize {
+    subject.needs(steps, &Statistics::default()).tokens
 }
 
 /// Cuts `tokens` (as the tokenizer gave them) into windows of `min(context, 2048)` tokens, of about `wanted` tokens in
@@ -103,18 +131,61 @@ pub fn windows(tokens: &[u32], context: usize, wanted: usize, seed: u64, bos: Op
 /// Runs one sequence of tokens from an empty context and shows the observer its points.
 pub type Pass<'a> = dyn FnMut(&[u32], &mut dyn Observer) -> Result<()> + 'a;
 
-/// Runs the dense model over `windows` and reads `points`. `forward(tokens, observer)` runs one sequence from an empty
-/// context. `progress(done, all)` counts tokens.
+/// Most passes over the text: methods that ask for more have a slip.
+const MAX_PASSES: usize = 4;
+
+/// A plan of `steps` for `subject`, and notes for the user: passes over `windows` until the methods have seen what they
+/// want, then their entries. `progress(pass, done, all)` counts tokens.
+///
+/// # Errors
+/// What `forward` returns; [`MethodError::NonFinite`] names the first point that held NaN or infinity; what a method
+/// says of this model.
+pub fn calibrate(
+    steps: &[Resolved],
+    subject: &Subject,
+    forward: &mut Pass<'_>,
+    windows: &[Vec<u32>],
+    mut progress: impl FnMut(usize, usize, usize),
+) -> Result<(Plan, Vec<String>)> {
+    let mut statistics = Statistics::default();
+    gather(steps, subject, forward, windows, &mut statistics, &mut progress)?;
+    Ok(plan(steps, subject, &statistics)?)
+}
+
+/// Passes over `windows` until `statistics` hold what `steps` want.
+///
+/// # Errors
+/// As [`calibrate`].
+pub fn gather(
+    steps: &[Resolved],
+    subject: &Subject,
+    forward: &mut Pass<'_>,
+    windows: &[Vec<u32>],
+    statistics: &mut Statistics,
+    progress: &mut dyn FnMut(usize, usize, usize),
+) -> Result<()> {
+    for pass in 0..MAX_PASSES {
+        let missing = statistics.missing(&subject.needs(steps, statistics).observations);
+        if missing.is_empty() || windows.is_empty() {
+            break;
+        }
+        statistics.absorb(observe(forward, windows, missing, |done, all| progress(pass, done, all))?);
+    }
+    Ok(())
+}
+
+/// Runs the dense model once over `windows` and gathers `observations`. `forward(tokens, observer)` runs one sequence
+/// from an empty context. `progress(done, all)` counts tokens.
 ///
 /// # Errors
 /// What `forward` returns; [`MethodError::NonFinite`] names the first point that held NaN or infinity.
 pub fn observe(
     forward: &mut Pass<'_>,
     windows: &[Vec<u32>],
-    points: &[Point],
+    observations: Vec<Observation>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Statistics> {
-    let mut statistics = Statistics::new(points.iter().copied());
+    let mut statistics = Statistics::new(observations);
     let total = windows.iter().map(Vec::len).sum();
     let mut done = 0;
     for window in windows {
@@ -132,16 +203,15 @@ pub fn observe(
 /// What a method says of this model or of missing statistics.
 pub fn plan(
     steps: &[Resolved],
-    layers: &[LayerShape],
-    model: &str,
+    subject: &Subject,
     statistics: &Statistics,
 ) -> Result<(Plan, Vec<String>), MethodError> {
-    let ctx = PlanContext { layers, statistics };
+    let ctx = subject.context(statistics);
     let lists = steps.iter().map(|s| s.method.plan(&s.params, ctx)).collect::<Result<Vec<_>, _>>()?;
     let (entries, left_out) = compose(lists);
     let plan = Plan {
         version: PLAN_VERSION,
-        model: model.into(),
+        model: subject.hash.clone(),
         method: label(steps),
         calibration_tokens: statistics.tokens() as usize,
         entries,
@@ -159,8 +229,24 @@ pub fn label(steps: &[Resolved]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_core::{plan::Rule, site::Proj};
+    use lacuna_core::{
+        plan::Rule,
+        site::{Point, Proj},
+        tensor::Tensor,
+    };
     use lacuna_methods::registry;
+
+    struct NoWeights;
+
+    impl Weights for NoWeights {
+        fn matrix(&self, _: usize, _: Proj) -> Option<Vec<f32>> {
+            None
+        }
+
+        fn column_norms(&self, _: usize, _: &[Proj]) -> Option<Tensor> {
+            None
+        }
+    }
 
     fn layers(act: Act) -> Vec<LayerShape> {
         let block = BlockSpec {
@@ -204,28 +290,44 @@ mod tests {
     }
 
     #[test]
-    fn relu_and_teal_share_a_layer() {
+    fn relu_and_teal_share_a_layer_and_chess_passes_twice() {
         let layers = layers(Act::Relu);
-        let steps = registry::parse("relu,teal=0.5").unwrap();
-        let needed = needed(&steps, &layers);
-        assert_eq!(needed.points.len(), 2 * 5, "four inputs and the neurons");
-        let mut forward = |tokens: &[u32], o: &mut dyn Observer| {
-            for p in &needed.points {
-                if o.wants(*p) {
-                    o.observe(*p, 2, &[0.0, 1.0].repeat(tokens.len()));
+        let subject =
+            Subject { layers, weights: Box::new(NoWeights), hash: "hash".into(), budgets: Budgets::default() };
+        let run = |spec: &str| {
+            let steps = registry::parse(spec).unwrap();
+            let mut forward = |tokens: &[u32], o: &mut dyn Observer| {
+                let inputs = Proj::ALL.map(|proj| Point::Input { layer: 0, proj });
+                for p in inputs.into_iter().chain([Point::Neurons { layer: 0 }, Point::Up { layer: 0 }]) {
+                    for layer in 0..2 {
+                        let p = match p {
+                            Point::Input { proj, .. } => Point::Input { layer, proj },
+                            Point::Neurons { .. } => Point::Neurons { layer },
+                            _ => Point::Up { layer },
+                        };
+                        if o.wants(p) {
+                            o.observe(p, 2, &[0.0, 1.0].repeat(tokens.len()));
+                        }
+                    }
                 }
-            }
-            Ok(())
+                Ok(())
+            };
+            let mut seen = vec![];
+            let windows = vec![vec![1, 2, 3], vec![4]];
+            let result = calibrate(&steps, &subject, &mut forward, &windows, |p, d, a| seen.push((p, d, a))).unwrap();
+            (result, seen)
         };
-        let windows = vec![vec![1, 2, 3], vec![4]];
-        let mut seen = vec![];
-        let s = observe(&mut forward, &windows, &needed.points, |d, a| seen.push((d, a))).unwrap();
-        assert_eq!((s.tokens(), seen), (4, vec![(3, 4), (4, 4)]));
-        let (plan, notes) = plan(&steps, &layers, "hash", &s).unwrap();
+        let ((plan, notes), seen) = run("relu,teal=0.5:prior=0");
+        assert_eq!(seen, [(0, 3, 4), (0, 4, 4)]);
         plan.check(2).unwrap();
-        assert_eq!((plan.method.as_str(), plan.entries.len(), notes.len()), ("relu,teal=0.5", 2 * 6, 1));
+        let label = plan.method.as_str();
+        assert_eq!((label, plan.entries.len(), notes.len()), ("relu,teal=0.5:prior=0", 2 * 6, 1));
+        assert_eq!(plan.calibration_tokens, 4);
         assert!(plan.entries.iter().all(|e| e.kept == Some(0.5)));
         assert!(!plan.entries.iter().any(|e| matches!(e.rule, Rule::Inputs { proj: Proj::Up | Proj::Down, .. })));
+        let ((plan, _), seen) = run("chess=0.5");
+        assert_eq!(seen.iter().map(|s| s.0).collect::<Vec<_>>(), [0, 0, 1, 1]);
+        assert_eq!(plan.entries.len(), 2 * 3);
     }
 
     #[test]
@@ -235,7 +337,7 @@ mod tests {
             o.observe(point, 2, &[1.0, f32::NAN]);
             Ok(())
         };
-        let e = observe(&mut forward, &[vec![1], vec![2]], &[point], |_, _| {}).unwrap_err().to_string();
+        let e = observe(&mut forward, &[vec![1], vec![2]], vec![point.into()], |_, _| {}).unwrap_err().to_string();
         assert!(e.contains("layers.1.attn.o.input"), "{e}");
     }
 }

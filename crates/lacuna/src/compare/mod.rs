@@ -145,7 +145,7 @@ impl<'a> Meter<'a> {
     fn engine(&self, plan: &Plan) -> Result<(Engine, Vec<String>)> {
         let (dense, fall_back) = (self.setup.dense, self.setup.fall_back);
         let break_even = if fall_back { self.break_even.clone() } else { BreakEven::never_dense() };
-        let options = CompileOptions { cache: self.cache.clone(), break_even };
+        let options = CompileOptions { cache: self.cache.clone(), break_even, masked: false };
         let compiled = compile(plan, dense.model(), &options, dense.pool(), &|_, _| {})?;
         let mut notes = compiled.notes;
         if !fall_back {

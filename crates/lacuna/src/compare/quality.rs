@@ -5,7 +5,7 @@ use crate::{
     engine::{Counters, Engine, LayerCounts, SiteCount},
     error::{Error, Result},
     eval::{
-        Divergence, EngineSource, Window, divergence,
+        Divergence, EngineSource, Scoring, Window, divergence,
         divergence::Estimate,
         perplexity::{Perplexity, Progress},
     },
@@ -38,7 +38,10 @@ pub fn pass(
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Pass> {
     let longest = windows.iter().map(|w| w.tokens.len()).max().unwrap_or(0);
-    let (mut base, mut source) = (EngineSource::new(dense, longest, true)?, EngineSource::new(test, longest, true)?);
+    let (mut base, mut source) = (
+        EngineSource::new(dense, longest, Scoring::Masked)?,
+        EngineSource::new(test, longest, Scoring::Masked)?,
+    );
     let each = |p: Progress<'_, Divergence>| progress(p.done, p.total);
     let d = divergence(&mut base, &mut source, windows, Some(pieces), each)?;
     let (quality, dense_quality) = qualities(&d)?;

@@ -3,17 +3,18 @@
 
 use super::{
     break_even::BreakEven,
-    compiled::{CompiledPlan, InputRule, LayerPlan, NeuronRule},
+    compiled::{ChosenBy, CompiledPlan, InputRule, LayerPlan, NeuronRule},
     layouts::{LayoutCache, Wanted},
     transpose::input_major_format,
 };
 use crate::{
     error::Result,
-    model::weights::{Mlp, Model},
+    model::weights::{Linear, Model},
 };
 use lacuna_core::{
     method::MethodError,
     plan::{Entry, Plan, Rule, Selector},
+    tensor::Tensor,
     site::Proj,
     weight::{Orientation, Weight},
 };
@@ -27,12 +28,14 @@ pub struct CompileOptions {
     pub cache: LayoutCache,
     /// The dense fall-back.
     pub break_even: BreakEven,
+    /// For masked passes only: no input-major copies are made, and decode saves nothing.
+    pub masked: bool,
 }
 
 impl CompileOptions {
     /// The user's cache for the model of this hash, and what was measured on this machine with `threads`.
     pub fn for_model(root: Option<&Path>, hash: &str, threads: usize) -> Self {
-        Self { cache: LayoutCache::new(root, hash), break_even: BreakEven::load(root, threads) }
+        Self { cache: LayoutCache::new(root, hash), break_even: BreakEven::load(root, threads), masked: false }
     }
 }
 
@@ -48,20 +51,18 @@ pub struct Compiled {
 }
 
 /// One sparse place after the fall-back.
-struct Place {
+struct Place<'p> {
     layer: usize,
     /// The projection that is read by columns.
     proj: Proj,
-    selector: Selector,
-    /// Whether the rule is on neurons (`proj` is then down).
-    neurons: bool,
+    rule: &'p Rule,
 }
 
 /// Binds `plan` to `model`. Missing layouts are made by the threads of `pool`, with `progress(done, all)` called from
 /// them.
 ///
 /// # Errors
-/// The plan was made for another model, or names a projection that a layer does not have.
+/// The plan was made for another model, names a projection that a layer does not have, or holds vectors that do not fit.
 pub fn compile(
     plan: &Plan,
     model: &Arc<Model>,
@@ -73,29 +74,93 @@ pub fn compile(
     let mut notes = Notes::default();
     let mut places = Vec::new();
     for entry in &plan.entries {
-        let place = place(entry, model)?;
+        let place = Place { layer: entry.layer, proj: columns_of(&entry.rule), rule: &entry.rule };
         match dense_share(entry, weight_of(model, &place)?, &options.break_even) {
             Some(reason) => notes.add(reason, entry),
             None => places.push(place),
         }
     }
-    let weights = input_major_weights(model, &places, options, pool, progress, &mut notes)?;
+    let weights = match options.masked {
+        true => places.iter().map(|p| weight_of(model, p).cloned()).collect::<Result<Vec<_>, _>>()?,
+        false => input_major_weights(model, &places, options, pool, progress, &mut notes)?,
+    };
     let mut changed = Model::clone(model);
     let mut layers = vec![LayerPlan::default(); model.blocks.len()];
     for (place, weight) in places.iter().zip(weights) {
+        set_rule(&mut layers[place.layer], place, weight.clone())?;
         if let Some(linear) = changed.blocks[place.layer].linear_mut(place.proj) {
-            linear.weight = weight.clone();
-        }
-        let layer = &mut layers[place.layer];
-        if place.neurons {
-            layer.neurons = Some(NeuronRule { selector: place.selector, down: weight });
-        } else {
-            layer.inputs[place.proj as usize] = Some(InputRule { selector: place.selector, weight });
+            linear.weight = weight;
         }
     }
     let notes = notes.lines();
     notes.iter().for_each(|n| tracing::info!("{n}"));
-    Ok(Compiled { model: Arc::new(changed), plan: Arc::new(CompiledPlan { layers }), notes })
+    let plan = CompiledPlan { layers, masked: options.masked };
+    Ok(Compiled { model: Arc::new(changed), plan: Arc::new(plan), notes })
+}
+
+/// Puts one rule into its layer, with its vectors checked against the weight.
+fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, weight: Weight) -> Result<(), MethodError> {
+    let (outputs, inputs) = (weight.outputs(), weight.inputs());
+    let at = |problem: String| not_applicable(format!("layer {}, {}: it {problem}", place.layer, place.rule.place()));
+    place.rule.selector().check_width(inputs).map_err(at)?;
+    let (format, _) = copy_format(&weight);
+    let channel_bytes = format.run_bytes(outputs).unwrap_or(outputs * 4);
+    match place.rule {
+        Rule::Inputs { proj, selector, low_rank } => {
+            let low_rank = match low_rank {
+                None => None,
+                Some(l) => {
+                    let rank = l.down.shape().first().copied().unwrap_or(0);
+                    Some((linear(&l.down, rank, inputs).map_err(at)?, linear(&l.up, outputs, rank).map_err(at)?))
+                }
+            };
+            let rule = InputRule { selector: selector.clone(), weight, channel_bytes, low_rank };
+            layer.inputs[*proj as usize] = Some(rule);
+        }
+        Rule::Neurons { on, selector, then } => {
+            let by = ChosenBy::Gate(*on);
+            layer.neurons = Some(neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?);
+        }
+        Rule::Predicted { predictor, selector, then } => {
+            let rank = predictor.down.shape().first().copied().unwrap_or(0);
+            let width = predictor.down.shape().get(1).copied().unwrap_or(0);
+            let by = ChosenBy::Predictor {
+                down: linear(&predictor.down, rank, width).map_err(at)?,
+                relu: predictor.relu,
+                up: linear(&predictor.up, inputs, rank).map_err(at)?,
+            };
+            if width != outputs {
+                return Err(at(format!("has a predictor of width {width} for a model of width {outputs}")));
+            }
+            layer.neurons = Some(neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?);
+        }
+    }
+    Ok(())
+}
+
+fn neuron_rule(
+    by: ChosenBy,
+    (selector, then): (&Selector, &Option<Selector>),
+    down: Weight,
+    channel_bytes: usize,
+) -> Result<NeuronRule, String> {
+    then.as_ref().map_or(Ok(()), |t| t.check_width(down.inputs()))?;
+    Ok(NeuronRule { by, selector: selector.clone(), then: then.clone(), down, channel_bytes })
+}
+
+/// A matrix of the plan as a linear layer of the expected shape.
+fn linear(tensor: &Tensor, outputs: usize, inputs: usize) -> Result<Linear, String> {
+    let wrong = || format!("has a matrix of shape {:?} where [{outputs}, {inputs}] is needed", tensor.shape());
+    let format = tensor.dtype().and_then(|d| d.format()).ok_or_else(wrong)?;
+    if tensor.shape() != [outputs, inputs] || outputs == 0 || inputs == 0 {
+        return Err(wrong());
+    }
+    let weight = Weight::new(format, Orientation::OutputMajor, outputs, inputs, tensor.bytes()).ok_or_else(wrong)?;
+    Ok(Linear { weight, bias: None })
+}
+
+fn not_applicable(reason: String) -> MethodError {
+    MethodError::NotApplicable { method: "(plan)".into(), reason }
 }
 
 fn check(plan: &Plan, model: &Model) -> Result<(), MethodError> {
@@ -106,21 +171,18 @@ fn check(plan: &Plan, model: &Model) -> Result<(), MethodError> {
     plan.check(model.blocks.len()).map_err(|reason| MethodError::Plan { path: "(in memory)".into(), reason })
 }
 
-fn place(entry: &Entry, model: &Model) -> Result<Place, MethodError> {
-    let layer = entry.layer;
-    let gated = matches!(model.blocks[layer].mlp, Mlp::Gated(_));
-    Ok(match entry.rule {
-        Rule::Inputs { proj, selector } => Place { layer, proj, selector, neurons: false },
-        // In a plain MLP the activated neurons are the inputs of down; up must be computed anyway.
-        Rule::Neurons { selector } => Place { layer, proj: Proj::Down, selector, neurons: gated },
-    })
+/// The projection of a rule that is read by columns.
+fn columns_of(rule: &Rule) -> Proj {
+    match rule {
+        Rule::Inputs { proj, .. } => *proj,
+        Rule::Neurons { .. } | Rule::Predicted { .. } => Proj::Down,
+    }
 }
 
-fn weight_of<'m>(model: &'m Model, place: &Place) -> Result<&'m Weight, MethodError> {
+fn weight_of<'m>(model: &'m Model, place: &Place<'_>) -> Result<&'m Weight, MethodError> {
     let linear = model.blocks[place.layer].linear(place.proj);
-    linear.map(|l| &l.weight).ok_or_else(|| MethodError::NotApplicable {
-        method: "(plan)".into(),
-        reason: format!("layer {} has no single {} (an MLP without gate, or experts)", place.layer, place.proj),
+    linear.map(|l| &l.weight).ok_or_else(|| {
+        not_applicable(format!("layer {} has no single {} (an MLP without gate, or experts)", place.layer, place.proj))
     })
 }
 
@@ -129,10 +191,7 @@ fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option
     let (format, _) = copy_format(weight);
     let limit = break_even.share(format);
     entry.kept.filter(|k| *k > limit)?;
-    let place = match entry.rule {
-        Rule::Inputs { proj, .. } => proj.name(),
-        Rule::Neurons { .. } => "neurons",
-    };
+    let place = entry.rule.place();
     Some(format!("{place} stays dense: more than {limit:.2} is kept, the break-even share of {}", format.name()))
 }
 
@@ -146,7 +205,7 @@ fn copy_format(weight: &Weight) -> (Format, Option<String>) {
 /// The weight of every place in input-major form, in their order.
 fn input_major_weights(
     model: &Model,
-    places: &[Place],
+    places: &[Place<'_>],
     options: &CompileOptions,
     pool: &Pool,
     progress: &(dyn Fn(usize, usize) + Sync),

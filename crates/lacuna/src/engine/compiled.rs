@@ -1,23 +1,83 @@
 //! A plan bound to the weights it is used on: what decode asks, per layer and projection, and what it counts.
 
-use lacuna_core::{plan::Selector, site::Proj, weight::Weight};
+use crate::model::weights::Linear;
+use lacuna_core::{
+    plan::{Selector, Stage},
+    site::Proj,
+    weight::{Orientation, Weight},
+};
 
 /// Input channels of one projection are selected; the kept columns are read.
 #[derive(Clone, Debug)]
 pub struct InputRule {
     /// Which channels stay.
     pub selector: Selector,
-    /// Input-major copy of the projection's weight.
+    /// The projection's weight: an input-major copy, or for masked passes the weight itself.
     pub weight: Weight,
+    /// Bytes that one kept channel reads.
+    pub channel_bytes: usize,
+    /// What the dropped channels pass through: `V`, then `U`.
+    pub low_rank: Option<(Linear, Linear)>,
 }
 
-/// Neurons of a gated MLP are selected on the activated gate.
+impl InputRule {
+    /// A rule on an input-major weight.
+    pub fn new(selector: Selector, weight: Weight) -> Self {
+        let channel_bytes = weight.bytes().len() / weight.inputs().max(1);
+        Self { selector, weight, channel_bytes, low_rank: None }
+    }
+}
+
+/// How the neurons of an MLP are chosen.
+#[derive(Clone, Debug)]
+pub enum ChosenBy {
+    /// By the gate (in a plain MLP: by up), before or after its activation.
+    Gate(Stage),
+    /// By a predictor that reads the input of the MLP: `A`, whether a ReLU follows, `B`.
+    Predictor {
+        /// `A`, `[rank, width]`.
+        down: Linear,
+        /// Whether there is a ReLU between.
+        relu: bool,
+        /// `B`, `[neurons, rank]`.
+        up: Linear,
+    },
+}
+
+/// Neurons of an MLP are selected.
 #[derive(Clone, Debug)]
 pub struct NeuronRule {
+    /// What is looked at.
+    pub by: ChosenBy,
     /// Which neurons stay.
     pub selector: Selector,
-    /// Input-major copy of the down projection; rows of up are read in place.
+    /// Which of them stay for down, by their product.
+    pub then: Option<Selector>,
+    /// The down projection: an input-major copy, or for masked passes the weight itself.
     pub down: Weight,
+    /// Bytes that one neuron reads of down.
+    pub channel_bytes: usize,
+}
+
+impl NeuronRule {
+    /// A rule on the activated gate with an input-major down projection.
+    pub fn new(selector: Selector, down: Weight) -> Self {
+        let channel_bytes = down.bytes().len() / down.inputs().max(1);
+        Self { by: ChosenBy::Gate(Stage::Activated), selector, then: None, down, channel_bytes }
+    }
+
+    /// Bytes of the predictor, 0 without one.
+    pub(super) fn predictor_bytes(&self) -> u64 {
+        match &self.by {
+            ChosenBy::Gate(_) => 0,
+            ChosenBy::Predictor { down, up, .. } => (down.weight.bytes().len() + up.weight.bytes().len()) as u64,
+        }
+    }
+
+    /// Whether decode can follow it: down is input-major.
+    pub(super) fn is_input_major(&self) -> bool {
+        self.down.orientation() == Orientation::InputMajor
+    }
 }
 
 /// What one layer skips.
@@ -41,6 +101,8 @@ impl LayerPlan {
 pub struct CompiledPlan {
     /// One per block of the model.
     pub layers: Vec<LayerPlan>,
+    /// Made for masked passes only (measures of quality): the weights stay as they are, and nothing is saved.
+    pub masked: bool,
 }
 
 /// How much of one site was used.

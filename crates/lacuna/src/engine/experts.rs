@@ -58,7 +58,7 @@ impl Forward<'_> {
         let scores = sized(&mut buffers.scores, n * experts.len());
         match self.mode {
             Mode::Decode | Mode::Dense => linears.dense(pool, h, n, &mut [(router, &mut *scores)]),
-            Mode::Prefill => linears.prefill(pool, h, n, &mut [(router, &mut *scores)]),
+            Mode::Prefill | Mode::Masked => linears.prefill(pool, h, n, &mut [(router, &mut *scores)]),
         }
         route(scores, experts.len(), active, normalise, &mut buffers.routes);
         sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
@@ -67,7 +67,7 @@ impl Forward<'_> {
                 self.counters.weight_bytes += router.weight.bytes().len() as u64;
                 self.decode_experts(experts, act, n);
             }
-            Mode::Prefill => self.prefill_experts(experts, act),
+            Mode::Prefill | Mode::Masked => self.prefill_experts(experts, act),
         }
     }
 

@@ -5,10 +5,10 @@
 //! if it were alone, and only the reads of the weights are shared.
 
 use super::{
-    compiled::Counters,
+    compiled::{CompiledPlan, Counters, LayerPlan},
     kv::Places,
     linear::{Linears, Part, Sparsity},
-    rows,
+    masked, rows,
     shared::Shared,
 };
 use crate::model::{
@@ -30,6 +30,15 @@ pub(super) enum Mode {
     Dense,
     /// Any number of tokens, dense.
     Prefill,
+    /// Any number of tokens; each through its own selection of the plan, for measures of quality.
+    Masked,
+}
+
+impl Mode {
+    /// Whether the tokens follow one another in one context and go through matrix products.
+    pub fn is_chunk(self) -> bool {
+        matches!(self, Mode::Prefill | Mode::Masked)
+    }
 }
 
 /// Buffers of a pass, reused from pass to pass; rows of the tokens lie one after the other.
@@ -55,6 +64,8 @@ pub(super) struct Workspace {
     scratch: attention::Scratch,
     pub linears: Linears,
     pub experts: super::experts::ExpertBuffers,
+    /// Per layer, which neurons the prompt used; only kept for rules that follow the prompt.
+    pub prompt: Vec<super::prompt::PromptNeurons>,
 }
 
 /// One pass.
@@ -64,6 +75,8 @@ pub(super) struct Forward<'a> {
     pub ws: &'a mut Workspace,
     pub counters: &'a mut Counters,
     pub observer: &'a mut dyn Observer,
+    /// What the layers skip: the engine's plan, or that of a search.
+    pub plan: Option<&'a CompiledPlan>,
     pub mode: Mode,
 }
 
@@ -99,6 +112,15 @@ impl Forward<'_> {
         for layer in 0..self.shared.model.blocks.len() {
             self.block(layer, tokens.len());
         }
+    }
+
+    /// One block alone over the residual stream of `n` tokens; what it leaves in the residual stream lies in the
+    /// workspace.
+    pub fn run_block(&mut self, layer: usize, x: &[f32], n: usize) {
+        self.places.grow();
+        sized(&mut self.ws.x, x.len()).copy_from_slice(x);
+        self.rotations(n);
+        self.block(layer, n);
     }
 
     fn embed(&mut self, tokens: &[u32]) {
@@ -182,13 +204,14 @@ impl Forward<'_> {
             (Proj::K, &weights.k, sized(k, n * kv_width)),
             (Proj::V, &weights.v, sized(v, n * kv_width)),
         ];
-        project(self.mode, shared, linears, (layer, &mut *self.counters), h, n, parts);
+        let place = Site { mode: self.mode, pool, layer, plan: layer_plan(self.plan, layer) };
+        project(&place, linears, self.counters, (h, n), parts);
         self.rotate_and_store(layer, block, weights);
         let Workspace { q, attended, scratch, .. } = &mut *self.ws;
         let attended = sized(attended, n * q_width);
         let asked = attention_spec(block);
         let (mode, places) = (self.mode, &self.places);
-        if mode == Mode::Prefill {
+        if mode.is_chunk() {
             places.read(0, layer, block, |cache| {
                 attention::prefill(pool, &asked, cache, places.position(0), q, attended, scratch);
             });
@@ -202,7 +225,8 @@ impl Forward<'_> {
         show(self.observer, Point::Input { layer, proj: Proj::O }, q_width, attended);
         let Workspace { attended, branch, linears, .. } = &mut *self.ws;
         let parts = [(Proj::O, &weights.o, sized(branch, n * spec.width))];
-        project(mode, shared, linears, (layer, &mut *self.counters), attended, n, parts);
+        let place = Site { mode, pool, layer, plan: layer_plan(self.plan, layer) };
+        project(&place, linears, self.counters, (attended, n), parts);
     }
 
     /// Norms and rotation of queries and keys; keys and values go into the cache.
@@ -242,26 +266,42 @@ fn attention_spec(block: &BlockSpec) -> attention::Spec {
     }
 }
 
-/// Projections of the `n` rows of `x`; while decoding, as the plan says.
+/// Where and how projections are computed.
+pub(super) struct Site<'a> {
+    pub mode: Mode,
+    pub pool: &'a Pool,
+    pub layer: usize,
+    /// What the layer skips.
+    pub plan: Option<&'a LayerPlan>,
+}
+
+/// The plan of one layer.
+pub(super) fn layer_plan(plan: Option<&CompiledPlan>, layer: usize) -> Option<&LayerPlan> {
+    plan.and_then(|p| p.layers.get(layer))
+}
+
+/// Projections of the `n` rows of `x`; while decoding and in masked passes, as the plan says.
 pub(super) fn project<const N: usize>(
-    mode: Mode,
-    shared: &Shared,
+    site: &Site<'_>,
     linears: &mut Linears,
-    (layer, counters): (usize, &mut Counters),
-    x: &[f32],
-    n: usize,
+    counters: &mut Counters,
+    (x, n): (&[f32], usize),
     parts: [(Proj, &Linear, &mut [f32]); N],
 ) {
-    match mode {
-        Mode::Decode => {
+    match site.mode {
+        Mode::Decode | Mode::Masked => {
             let parts = parts.into_iter().map(|(proj, linear, out)| Part { proj, linear, out }).collect();
-            linears.decode(&shared.pool, &mut sparsity(shared, layer, counters), x, n, parts);
+            let mut sparsity = sparsity(site, counters);
+            match site.mode {
+                Mode::Masked => masked::inputs(site.pool, &mut sparsity, (x, n), parts, linears),
+                _ => linears.decode(site.pool, &mut sparsity, x, n, parts),
+            }
         }
         Mode::Dense => {
             counters.weight_bytes += parts.iter().map(|p| p.1.weight.bytes().len() as u64).sum::<u64>();
-            linears.dense(&shared.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out)));
+            linears.dense(site.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out)));
         }
-        Mode::Prefill => linears.prefill(&shared.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out))),
+        Mode::Prefill => linears.prefill(site.pool, x, n, &mut parts.map(|(_, linear, out)| (linear, out))),
     }
 }
 
@@ -276,12 +316,8 @@ pub(super) fn head_input(shared: &Shared, ws: &mut Workspace, observer: &mut dyn
 }
 
 /// The plan and the counters of a layer.
-pub(super) fn sparsity<'a>(shared: &'a Shared, layer: usize, counters: &'a mut Counters) -> Sparsity<'a> {
-    Sparsity {
-        plan: shared.plan.as_ref().and_then(|p| p.layers.get(layer)),
-        counts: &mut counters.layers[layer],
-        bytes: &mut counters.weight_bytes,
-    }
+pub(super) fn sparsity<'a>(site: &Site<'a>, counters: &'a mut Counters) -> Sparsity<'a> {
+    Sparsity { plan: site.plan, counts: &mut counters.layers[site.layer], bytes: &mut counters.weight_bytes }
 }
 
 /// Shows a point to the observer, if it wants it.

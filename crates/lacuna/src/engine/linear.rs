@@ -57,7 +57,7 @@ impl Linears {
             if !sparse.is_empty() {
                 for (row, x) in x.chunks_exact(x.len() / n).enumerate() {
                     let parts = sparse.iter_mut().map(|p| p.row(row, n)).collect();
-                    sparse::inputs(pool, plan, sparsity, x, parts, &mut self.selections);
+                    sparse::inputs(pool, plan, sparsity, x, parts, self);
                 }
             }
         }

@@ -1,13 +1,14 @@
 //! The MLP of a block: gated or plain, dense or over the neurons that a plan keeps.
 
 use super::{
-    forward::{Forward, Mode, Workspace, project, show, sized, sparsity},
-    rows,
+    compiled::{ChosenBy, Counters, NeuronRule},
+    forward::{Forward, Mode, Site, Workspace, layer_plan, project, show, sized, sparsity},
+    masked, prompt, rows,
     sparse::Neurons,
 };
 use crate::model::{
     spec::{Act, BlockSpec},
-    weights::{Gated, Linear, Mlp},
+    weights::{Linear, Mlp},
 };
 use lacuna_core::site::{Point, Proj};
 use lacuna_kernels::elementwise::{self, Activation};
@@ -24,28 +25,43 @@ impl Forward<'_> {
             show(self.observer, Point::Input { layer, proj }, width, &self.ws.h);
         }
         let act = activation(block.act);
-        match mlp {
-            Mlp::Gated(gated) => match self.shared.neuron_rule(layer).filter(|_| self.mode == Mode::Decode) {
-                Some(_) => self.gated_neurons(layer, act, gated, n),
-                None => self.gated(layer, act, gated, n),
-            },
-            Mlp::Plain { up, down } => self.plain(layer, act, up, down, n),
+        let (first, second, down) = match mlp {
+            Mlp::Gated(g) => (&g.gate, Some(&g.up), &g.down),
+            Mlp::Plain { up, down } => (up, None, down),
             Mlp::Experts { router, experts } => {
                 let router = self.shared.routers[layer].as_ref().unwrap_or(router);
-                self.experts(block, router, experts, act, n);
+                return self.experts(block, router, experts, act, n);
             }
+        };
+        let layers = Layers { layer, act, first, second, down };
+        match masked::neuron_rule(layer_plan(self.plan, layer)) {
+            Some(rule) if self.mode == Mode::Decode && rule.is_input_major() => self.chosen_neurons(&layers, rule, n),
+            Some(rule) if matches!(self.mode, Mode::Decode | Mode::Masked) => self.masked_neurons(&layers, rule, n),
+            _ => self.all_neurons(&layers, n),
         }
     }
 
-    fn gated(&mut self, layer: usize, act: Activation, w: &Gated, n: usize) {
-        let (shared, mode) = (self.shared, self.mode);
-        let inner = w.gate.weight.outputs();
+    fn all_neurons(&mut self, w: &Layers<'_>, n: usize) {
+        let inner = w.first.weight.outputs();
+        let place = Site { plan: layer_plan(self.plan, w.layer), pool: &self.shared.pool, mode: self.mode, layer: w.layer };
         let Workspace { h, gate, up, linears, .. } = &mut *self.ws;
-        let parts = [(Proj::Gate, &w.gate, sized(gate, n * inner)), (Proj::Up, &w.up, sized(up, n * inner))];
-        project(mode, shared, linears, (layer, &mut *self.counters), h, n, parts);
-        self.gate_times_up(layer, act, inner);
-        show(self.observer, Point::Input { layer, proj: Proj::Down }, inner, &self.ws.up);
-        self.down(layer, &w.down, n);
+        match w.second {
+            Some(second) => {
+                let (gate, up) = (sized(gate, n * inner), sized(up, n * inner));
+                let parts = [(Proj::Gate, w.first, gate), (Proj::Up, second, up)];
+                project(&place, linears, self.counters, (h, n), parts);
+                show(self.observer, Point::Up { layer: w.layer }, inner, up);
+                self.gate_times_up(w.layer, w.act, inner);
+            }
+            None => {
+                project(&place, linears, self.counters, (h, n), [(Proj::Up, w.first, sized(up, n * inner))]);
+                rows::each(&self.shared.pool, up, inner, |_, row| elementwise::act(w.act, row));
+                show(self.observer, Point::Neurons { layer: w.layer }, inner, up);
+            }
+        }
+        show(self.observer, Point::Input { layer: w.layer, proj: Proj::Down }, inner, &self.ws.up);
+        self.remember_prompt(w.layer, inner);
+        self.down(w.layer, w.down, n);
     }
 
     /// `up = act(gate) * up`.
@@ -65,48 +81,90 @@ impl Forward<'_> {
         }
     }
 
-    fn plain(&mut self, layer: usize, act: Activation, up_w: &Linear, down_w: &Linear, n: usize) {
-        let (shared, mode) = (self.shared, self.mode);
-        let inner = up_w.weight.outputs();
-        let Workspace { h, up, linears, .. } = &mut *self.ws;
-        let parts = [(Proj::Up, up_w, sized(up, n * inner))];
-        project(mode, shared, linears, (layer, &mut *self.counters), h, n, parts);
-        rows::each(&shared.pool, &mut self.ws.up, inner, |_, row| elementwise::act(act, row));
-        show(self.observer, Point::Neurons { layer }, inner, &self.ws.up);
-        show(self.observer, Point::Input { layer, proj: Proj::Down }, inner, &self.ws.up);
-        self.down(layer, down_w, n);
-    }
-
     /// `y = down(up)`.
     fn down(&mut self, layer: usize, down: &Linear, n: usize) {
-        let (shared, mode) = (self.shared, self.mode);
+        let shared = self.shared;
+        let place = Site { mode: self.mode, pool: &shared.pool, layer, plan: layer_plan(self.plan, layer) };
         let Workspace { up, y, linears, .. } = &mut *self.ws;
         let parts = [(Proj::Down, down, sized(y, n * shared.model.spec.width))];
-        project(mode, shared, linears, (layer, &mut *self.counters), up, n, parts);
+        project(&place, linears, self.counters, (up, n), parts);
     }
 
-    /// Gate first, then the rows of up and the columns of down that belong to the kept neurons.
-    fn gated_neurons(&mut self, layer: usize, act: Activation, w: &Gated, n: usize) {
-        let shared = self.shared;
-        let Some(rule) = shared.neuron_rule(layer) else { return };
-        let (inner, width) = (w.gate.weight.outputs(), shared.model.spec.width);
-        let Workspace { h, gate, up, y, linears, .. } = &mut *self.ws;
-        let parts = [(Proj::Gate, &w.gate, sized(gate, n * inner))];
-        project(Mode::Decode, shared, linears, (layer, &mut *self.counters), h, n, parts);
-        rows::each(&shared.pool, gate, inner, |_, row| elementwise::act(act, row));
-        show(self.observer, Point::Neurons { layer }, inner, gate);
-        let mut selection = std::mem::take(&mut linears.selections[0]);
-        let neurons = Neurons { rule, up: &w.up, down_bias: w.down.bias.as_deref() };
-        let results = sized(y, n * width).chunks_exact_mut(width);
-        for ((gate, h), y) in gate.chunks_exact(inner).zip(h.chunks_exact(width)).zip(results) {
-            let x = linears.operand(h, std::iter::once(&w.up.weight));
-            let bytes = neurons.run(&shared.pool, gate, x, &mut selection, up, y);
-            let s = sparsity(shared, layer, self.counters);
-            s.counts.neurons.add(selection.index.len(), inner);
-            *s.bytes += bytes;
+    /// In prefill, notes which neurons of a layer the prompt uses, where a rule follows it.
+    fn remember_prompt(&mut self, layer: usize, inner: usize) {
+        let rule = masked::neuron_rule(layer_plan(self.plan, layer));
+        if let Some(rule) = rule.filter(|_| self.mode == Mode::Prefill) {
+            let first = self.places.position(0) == 0;
+            prompt::remember(&mut self.ws.prompt, layer, rule, first, &self.ws.up, inner);
         }
-        linears.selections[0] = selection;
     }
+
+    /// Decode over the kept neurons, row by row.
+    fn chosen_neurons(&mut self, w: &Layers<'_>, rule: &NeuronRule, n: usize) {
+        let inner = w.first.weight.outputs();
+        let (shared, layer) = (self.shared, w.layer);
+        let width = shared.model.spec.width;
+        let place = Site { mode: Mode::Decode, pool: &shared.pool, layer, plan: layer_plan(self.plan, layer) };
+        let Workspace { h, gate, up, y, linears, prompt, .. } = &mut *self.ws;
+        let prompt = prompt::list(prompt, layer, rule, inner);
+        let gate = sized(gate, n * inner);
+        if matches!(rule.by, ChosenBy::Gate(_)) {
+            let first = if w.second.is_some() { Proj::Gate } else { Proj::Up };
+            project(&place, linears, self.counters, (h, n), [(first, w.first, &mut *gate)]);
+        }
+        let neurons =
+            Neurons { rule, act: w.act, first: w.first, second: w.second, down_bias: w.down.bias.as_deref(), prompt };
+        let observer = &mut *self.observer;
+        let mut watch = |gate: &[f32]| show(observer, Point::Neurons { layer }, inner, gate);
+        let results = sized(y, n * width).chunks_exact_mut(width);
+        for ((gate, h), y) in gate.chunks_exact_mut(inner).zip(h.chunks_exact(width)).zip(results) {
+            let used = neurons.run(&shared.pool, linears, h, (gate, up), y, &mut watch);
+            let s = sparsity(&place, self.counters);
+            s.counts.neurons.add(used.kept, inner);
+            *s.bytes += used.bytes;
+        }
+    }
+
+    /// Many tokens, each over its own kept neurons, through dense products.
+    fn masked_neurons(&mut self, w: &Layers<'_>, rule: &NeuronRule, n: usize) {
+        let inner = w.first.weight.outputs();
+        let (pool, layer) = (&self.shared.pool, w.layer);
+        let place = Site { mode: self.mode, pool, layer, plan: layer_plan(self.plan, layer) };
+        let Workspace { h, gate, up, linears, prompt, .. } = &mut *self.ws;
+        let prompt = prompt::list(prompt, layer, rule, inner);
+        let gate = sized(gate, n * inner);
+        let first = if w.second.is_some() { Proj::Gate } else { Proj::Up };
+        let mut unseen = Counters::new(self.counters.layers.len());
+        let by_gate = matches!(rule.by, ChosenBy::Gate(_));
+        let counters = if by_gate { &mut *self.counters } else { &mut unseen };
+        project(&place, linears, counters, (h, n), [(first, w.first, &mut *gate)]);
+        let kept = masked::neurons(pool, linears, rule, (w.act, prompt), (h, n), gate);
+        let up = sized(up, n * inner);
+        let mut row_bytes = if by_gate { 0 } else { w.first.weight.matrix().row_bytes() };
+        match w.second {
+            Some(second) => {
+                linears.prefill(pool, h, n, &mut [(second, &mut *up)]);
+                up.iter_mut().zip(gate.iter()).for_each(|(u, g)| *u *= g);
+                row_bytes += second.weight.matrix().row_bytes();
+            }
+            None => up.copy_from_slice(gate),
+        }
+        let reach = masked::products(pool, rule, kept, up, inner);
+        let y = sized(&mut self.ws.y, n * self.shared.model.spec.width);
+        self.ws.linears.prefill(pool, &self.ws.up, n, &mut [(w.down, y)]);
+        let s = sparsity(&place, self.counters);
+        s.counts.neurons.add(kept as usize, n * inner);
+        *s.bytes += kept * row_bytes as u64 + reach * rule.channel_bytes as u64 + n as u64 * rule.predictor_bytes();
+    }
+}
+
+/// The layers of an MLP without experts. `first` is the gate, or up in a plain MLP; `second` is up of a gated one.
+struct Layers<'a> {
+    layer: usize,
+    act: Activation,
+    first: &'a Linear,
+    second: Option<&'a Linear>,
+    down: &'a Linear,
 }
 
 /// `up = act(gate) * up`, row by row.

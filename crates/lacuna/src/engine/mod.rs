@@ -15,7 +15,10 @@ pub mod generate;
 mod kv;
 pub mod layouts;
 mod linear;
+mod masked;
 mod mlp;
+pub mod probe;
+mod prompt;
 mod rows;
 pub mod sampler;
 mod session;
@@ -24,7 +27,7 @@ mod sparse;
 pub mod transpose;
 mod tree;
 
-pub use compiled::{CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
+pub use compiled::{ChosenBy, CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
 pub use kv::kv_bytes;
 pub use lacuna_kernels::attention::KvType;
 pub use session::Session;
@@ -187,25 +190,40 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
     if plan.layers.len() != model.blocks.len() {
         return Err(error(format!("{} layers, but the model has {}", plan.layers.len(), model.blocks.len())));
     }
+    let orientation = (!plan.masked).then_some(Orientation::InputMajor);
     for (layer, (rules, block)) in plan.layers.iter().zip(&model.blocks).enumerate() {
         for proj in lacuna_core::site::Proj::ALL {
             let Some(rule) = rules.input(proj) else { continue };
-            let fits = block.linear(proj).is_some_and(|l| stands_in(&rule.weight, &l.weight));
+            let fits = block.linear(proj).is_some_and(|l| stands_in(&rule.weight, &l.weight, orientation));
             if !fits {
                 return Err(error(format!("layer {layer}: the weight of {proj} is not an input-major copy of it")));
             }
         }
         let Some(rule) = &rules.neurons else { continue };
-        let fits = matches!(&block.mlp, Mlp::Gated(g)
-            if stands_in(&rule.down, &g.down.weight) && g.up.weight.orientation() == Orientation::OutputMajor);
+        let by_rows = |l: &Linear| l.weight.orientation() == Orientation::OutputMajor;
+        let predicted = matches!(rule.by, ChosenBy::Predictor { .. });
+        let fits = match &block.mlp {
+            Mlp::Gated(g) => {
+                stands_in(&rule.down, &g.down.weight, orientation)
+                    && (plan.masked || (by_rows(&g.up) && (!predicted || by_rows(&g.gate))))
+            }
+            Mlp::Plain { up, down } => {
+                stands_in(&rule.down, &down.weight, orientation) && (plan.masked || !predicted || by_rows(up))
+            }
+            Mlp::Experts { .. } => false,
+        };
         if !fits {
-            return Err(error(format!("layer {layer}: a rule on neurons needs a gated MLP and its down projection")));
+            return Err(error(format!("layer {layer}: a rule on neurons needs an MLP and its down projection")));
         }
     }
     Ok(())
 }
 
-fn stands_in(copy: &lacuna_core::weight::Weight, original: &lacuna_core::weight::Weight) -> bool {
-    copy.orientation() == Orientation::InputMajor
+fn stands_in(
+    copy: &lacuna_core::weight::Weight,
+    original: &lacuna_core::weight::Weight,
+    orientation: Option<Orientation>,
+) -> bool {
+    orientation.is_none_or(|o| copy.orientation() == o)
         && (copy.outputs(), copy.inputs()) == (original.outputs(), original.inputs())
 }

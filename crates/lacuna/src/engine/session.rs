@@ -134,7 +134,7 @@ impl Session {
         let places = Places::new(std::iter::once(&mut self.kv).chain(&mut forks).collect(), rows);
         let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
         let mode = if dense { Mode::Dense } else { Mode::Decode };
-        Forward { shared, places, ws, counters, observer: &mut Nobody, mode }.run(tree.tokens());
+        Forward { shared, places, ws, counters, observer: &mut Nobody, plan: shared.plan.as_deref(), mode }.run(tree.tokens());
         self.counters.steps += 1;
         self.count_head(1);
         self.counters.kv_bytes += (0..n).map(|i| kv_bytes_read(&self.shared, start + tree.depth(i) + 1)).sum::<u64>();
@@ -188,7 +188,7 @@ impl Session {
     /// Before any work: no tokens, tokens outside the vocabulary, or more than the context holds. Later: cancelled, or
     /// logits that are not numbers.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        self.extend(tokens, &mut Nobody, None)?;
+        self.extend(tokens, Mode::Prefill, &mut Nobody, None)?;
         self.last_logits((tokens.len() - 1) % self.shared.prefill_chunk, &mut Nobody)
     }
 
@@ -197,7 +197,23 @@ impl Session {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn score(&mut self, tokens: &[u32], sink: &mut Sink<'_>) -> Result<()> {
-        self.extend(tokens, &mut Nobody, Some(sink))
+        self.extend(tokens, Mode::Prefill, &mut Nobody, Some(sink))
+    }
+
+    /// [`Session::score`] under the engine's plan: every token through its own selection, as decode would choose it, at
+    /// the speed of prefill. Counts what decode would have read. Equal to decoding step by step up to rounding.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn score_masked(&mut self, tokens: &[u32], sink: &mut Sink<'_>) -> Result<()> {
+        let start = self.len;
+        self.extend(tokens, Mode::Masked, &mut Nobody, Some(sink))?;
+        for depth in start + 1..=self.len {
+            self.counters.steps += 1;
+            self.count_head(1);
+            self.counters.kv_bytes += kv_bytes_read(&self.shared, depth);
+        }
+        Ok(())
     }
 
     /// Appends `tokens` and shows the points of the dense forward pass to `observer`; no logits.
@@ -205,7 +221,7 @@ impl Session {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn observe(&mut self, tokens: &[u32], observer: &mut dyn Observer) -> Result<()> {
-        self.extend(tokens, observer, None)
+        self.extend(tokens, Mode::Prefill, observer, None)
     }
 
     /// Appends one token, sparsely where there is a plan, and returns its logits.
@@ -228,7 +244,8 @@ impl Session {
         self.check(&[token], 1)?;
         self.check_cancelled()?;
         self.settle();
-        self.forward(&[token], Mode::Decode, observer);
+        let masked = self.shared.plan.as_ref().is_some_and(|p| p.masked);
+        self.forward(&[token], if masked { Mode::Masked } else { Mode::Decode }, observer);
         self.counters.steps += 1;
         self.count_head(1);
         self.counters.kv_bytes += kv_bytes_read(&self.shared, self.len);
@@ -264,12 +281,18 @@ impl Session {
         if self.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    fn extend(&mut self, tokens: &[u32], observer: &mut dyn Observer, mut sink: Option<&mut Sink<'_>>) -> Result<()> {
+    fn extend(
+        &mut self,
+        tokens: &[u32],
+        mode: Mode,
+        observer: &mut dyn Observer,
+        mut sink: Option<&mut Sink<'_>>,
+    ) -> Result<()> {
         self.check(tokens, tokens.len())?;
         self.settle();
         for chunk in tokens.chunks(self.shared.prefill_chunk) {
             self.check_cancelled()?;
-            self.forward(chunk, Mode::Prefill, observer);
+            self.forward(chunk, mode, observer);
             if observer.wants(Point::Head) {
                 head_input(&self.shared, &mut self.ws, observer, None);
             }
@@ -283,7 +306,7 @@ impl Session {
     fn forward(&mut self, tokens: &[u32], mode: Mode, observer: &mut dyn Observer) {
         let places = Places::following(&mut self.kv, self.len, tokens.len());
         let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
-        Forward { shared, places, ws, counters, observer, mode }.run(tokens);
+        Forward { shared, places, ws, counters, observer, plan: shared.plan.as_deref(), mode }.run(tokens);
         self.len += tokens.len();
     }
 

@@ -1,7 +1,7 @@
 //! What all sessions of an engine share.
 
 use super::{
-    compiled::{CompiledPlan, NeuronRule},
+    compiled::CompiledPlan,
     kv::BlockPool,
 };
 use crate::model::weights::{Linear, Mlp, Model};
@@ -18,13 +18,6 @@ pub(super) struct Shared {
     pub plan: Option<Arc<CompiledPlan>>,
     /// Per layer, the router in f32.
     pub routers: Vec<Option<Linear>>,
-}
-
-impl Shared {
-    /// The rule on the neurons of a layer.
-    pub fn neuron_rule(&self, layer: usize) -> Option<&NeuronRule> {
-        self.plan.as_ref()?.layers.get(layer)?.neurons.as_ref()
-    }
 }
 
 /// The routers of a mixture in f32: they are small, and a rounded score can send a token to another expert.

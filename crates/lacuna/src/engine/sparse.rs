@@ -1,102 +1,239 @@
 //! Decode through what a plan keeps: columns of kept input channels, rows of kept neurons.
 
 use super::{
-    compiled::{LayerPlan, NeuronRule},
-    linear::{Part, Sparsity},
+    compiled::{ChosenBy, LayerPlan, NeuronRule},
+    linear::{Linears, Part, Sparsity},
 };
 use crate::model::weights::Linear;
-use lacuna_core::plan::Selector;
-use lacuna_kernels::{Pool, axpy, elementwise, gemv, isa, select};
+use lacuna_core::plan::{Cut, Selector, Stage};
+use lacuna_kernels::{
+    Pool, axpy,
+    elementwise::{self, Activation},
+    gemv, isa, select,
+};
 
 /// The kept entries of a vector; buffers are reused.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
     pub index: Vec<u32>,
     pub value: Vec<f32>,
+    top: select::TopScratch,
+    shifted: Vec<f32>,
 }
 
 impl Selection {
-    /// Keeps the entries of `x` that `selector` wants.
-    pub fn select(&mut self, selector: Selector, x: &[f32]) {
-        match selector {
-            Selector::NonZero => select::nonzero(isa::get(), x, &mut self.index, &mut self.value),
-            Selector::Magnitude { threshold } => {
-                select::magnitude(isa::get(), x, threshold, &mut self.index, &mut self.value);
+    /// Keeps the entries of `x` that `selector` wants by magnitude, or `signed` by the value itself. `prompt` is the list
+    /// of a selector that follows the prompt.
+    pub fn select(&mut self, selector: &Selector, x: &[f32], signed: bool, prompt: &[u32]) {
+        let scale = selector.scale.as_ref().map(|s| s.values()).filter(|_| !signed);
+        self.cut(&selector.cut, scale, x, signed, prompt);
+    }
+
+    fn cut(&mut self, cut: &Cut, scale: Option<&[f32]>, x: &[f32], signed: bool, prompt: &[u32]) {
+        match cut {
+            Cut::NonZero => select::nonzero(isa::get(), x, &mut self.index, &mut self.value),
+            Cut::Above { threshold } => self.above(x, scale, signed, *threshold),
+            Cut::Top { count } if signed => self.top_signed(x, *count),
+            Cut::Top { count } => {
+                select::top_k(isa::get(), x, scale, *count, &mut self.top, (&mut self.index, &mut self.value));
             }
+            Cut::Gaussian { multiple } => {
+                let (mean, std) = select::moments(x, scale, signed);
+                self.above(x, scale, signed, (mean + f64::from(*multiple) * std) as f32);
+            }
+            Cut::Listed { list } => select::listed(x, list.positions(), &mut self.index, &mut self.value),
+            Cut::Prompt { .. } => select::listed(x, prompt, &mut self.index, &mut self.value),
         }
+    }
+
+    fn above(&mut self, x: &[f32], scale: Option<&[f32]>, signed: bool, threshold: f32) {
+        let (isa, index, value) = (isa::get(), &mut self.index, &mut self.value);
+        match scale {
+            _ if signed => select::above(isa, x, threshold, index, value),
+            Some(scale) => select::scaled(isa, x, scale, threshold, index, value),
+            None => select::magnitude(isa, x, threshold, index, value),
+        }
+    }
+
+    /// The largest values, not magnitudes: all are moved to zero and above first.
+    fn top_signed(&mut self, x: &[f32], count: usize) {
+        let least = x.iter().copied().fold(f32::INFINITY, f32::min);
+        self.shifted.clear();
+        self.shifted.extend(x.iter().map(|v| v - least));
+        select::top_k(isa::get(), &self.shifted, None, count, &mut self.top, (&mut self.index, &mut self.value));
+    }
+
+    /// Drops entries that `then` does not keep by `product` (one number per entry of `index`).
+    fn narrow(&mut self, then: &Selector, product: &mut Vec<f32>, scratch: &mut Selection) {
+        let gathered: Option<Vec<f32>> =
+            then.scale.as_ref().map(|s| self.index.iter().map(|&i| s.values()[i as usize]).collect());
+        scratch.cut(&then.cut, gathered.as_deref(), product, false, &[]);
+        for (to, &from) in scratch.index.iter().enumerate() {
+            self.index[to] = self.index[from as usize];
+        }
+        self.index.truncate(scratch.index.len());
+        std::mem::swap(product, &mut scratch.value);
     }
 }
 
 /// Projections of `x` whose inputs the plan selects, all in one region; `selections` has room for every part. Parts with
-/// equal selectors (q, k, v under uniform thresholds) share one selection.
+/// equal selectors (q, k, v with one joint score) share one selection.
 pub(super) fn inputs(
     pool: &Pool,
     plan: &LayerPlan,
     sparsity: &mut Sparsity<'_>,
     x: &[f32],
     mut parts: Vec<Part<'_>>,
-    selections: &mut [Selection],
+    linears: &mut Linears,
 ) {
-    let mut made: Vec<Selector> = Vec::with_capacity(parts.len());
+    let mut made: Vec<&Selector> = Vec::with_capacity(parts.len());
     let mut jobs = Vec::with_capacity(parts.len());
+    let mut selections = std::mem::take(&mut linears.selections);
     for part in &parts {
         let Some(rule) = plan.input(part.proj) else { continue };
-        let at = made.iter().position(|s| *s == rule.selector).unwrap_or_else(|| {
-            made.push(rule.selector);
-            selections[made.len() - 1].select(rule.selector, x);
+        let at = made.iter().position(|s| **s == rule.selector).unwrap_or_else(|| {
+            made.push(&rule.selector);
+            selections[made.len() - 1].select(&rule.selector, x, false, &[]);
             made.len() - 1
         });
         let kept = selections[at].index.len();
         sparsity.counts.inputs[part.proj as usize].add(kept, x.len());
-        *sparsity.bytes += (kept * rule.weight.matrix().row_bytes()) as u64;
+        *sparsity.bytes += (kept * rule.channel_bytes) as u64;
     }
     for part in parts.iter_mut() {
         let Some(rule) = plan.input(part.proj) else { continue };
-        let Some(at) = made.iter().position(|s| *s == rule.selector) else { continue };
+        let Some(at) = made.iter().position(|s| **s == rule.selector) else { continue };
         let (index, value) = (&selections[at].index[..], &selections[at].value[..]);
         jobs.push(axpy::Job { wt: rule.weight.matrix(), index, value, y: &mut *part.out });
     }
     axpy::run(pool, &mut jobs);
     for part in parts {
+        let rule = plan.input(part.proj);
+        if let Some((rule, (down, up))) = rule.and_then(|r| Some((r, r.low_rank.as_ref()?)))
+            && let Some(at) = made.iter().position(|s| **s == rule.selector)
+        {
+            let mut rest = x.to_vec();
+            selections[at].index.iter().for_each(|&i| rest[i as usize] = 0.0);
+            let mut through = vec![0.0; down.weight.outputs()];
+            let mut add = vec![0.0; part.out.len()];
+            linears.dense(pool, &rest, 1, &mut [(down, &mut through)]);
+            linears.dense(pool, &through, 1, &mut [(up, &mut add)]);
+            elementwise::add(part.out, &add);
+            *sparsity.bytes += (down.weight.bytes().len() + up.weight.bytes().len()) as u64;
+        }
         if let Some(bias) = &part.linear.bias {
             elementwise::add(part.out, bias);
         }
     }
+    linears.selections = selections;
 }
 
-/// The second half of a gated MLP over selected neurons.
+/// An MLP over selected neurons. `first` is the gate, or up in a plain MLP; `second` is up of a gated one.
 pub(super) struct Neurons<'a> {
     pub rule: &'a NeuronRule,
-    pub up: &'a Linear,
+    pub act: Activation,
+    pub first: &'a Linear,
+    pub second: Option<&'a Linear>,
     pub down_bias: Option<&'a [f32]>,
+    /// The list of a selector that follows the prompt.
+    pub prompt: &'a [u32],
+}
+
+/// What one step of [`Neurons`] did.
+pub(super) struct Used {
+    pub kept: usize,
+    pub bytes: u64,
 }
 
 impl Neurons<'_> {
-    /// `y = down(gate * up x)` over the neurons that the rule keeps of the activated `gate`. `x` is prepared for the
-    /// format of `up`; `product` is scratch. Returns the bytes read.
+    /// `y = down(act(gate) * up x)` over the neurons that the rule keeps. `gate` holds `first x` where the rule looks at
+    /// it; `watch` sees the activated gate. `product` is scratch.
     pub fn run(
         &self,
         pool: &Pool,
-        gate: &[f32],
-        x: &gemv::Operand,
-        selection: &mut Selection,
-        product: &mut Vec<f32>,
+        linears: &mut Linears,
+        x: &[f32],
+        (gate, product): (&mut [f32], &mut Vec<f32>),
         y: &mut [f32],
-    ) -> u64 {
-        selection.select(self.rule.selector, gate);
-        let kept = selection.index.len();
+        watch: &mut dyn FnMut(&[f32]),
+    ) -> Used {
+        let [mut chosen, mut scratch, third] = std::mem::take(&mut linears.selections);
+        let mut bytes = self.choose(pool, linears, x, gate, &mut chosen, watch);
+        let kept = chosen.index.len();
         product.resize(kept, 0.0);
-        let w = self.up.weight.matrix();
-        gemv::run_rows(pool, &mut [gemv::RowsJob { w, rows: &selection.index, x, y: product }]);
-        let bias = |i: u32| self.up.bias.as_ref().map_or(0.0, |b| b[i as usize]);
-        for ((p, g), &i) in product.iter_mut().zip(&selection.value).zip(&selection.index) {
-            *p = g * (*p + bias(i));
+        if let Some(up) = self.second {
+            rows(pool, linears, up, x, &chosen.index, product);
+            product.iter_mut().zip(&chosen.value).for_each(|(p, g)| *p *= g);
+            bytes += (kept * up.weight.matrix().row_bytes()) as u64;
+        } else {
+            product.copy_from_slice(&chosen.value);
         }
-        let down = self.rule.down.matrix();
-        axpy::run(pool, &mut [axpy::Job { wt: down, index: &selection.index, value: product, y }]);
+        if let Some(then) = &self.rule.then {
+            chosen.narrow(then, product, &mut scratch);
+        }
+        let wt = self.rule.down.matrix();
+        axpy::run(pool, &mut [axpy::Job { wt, index: &chosen.index, value: product, y }]);
         if let Some(bias) = self.down_bias {
             elementwise::add(y, bias);
         }
-        (kept * (w.row_bytes() + down.row_bytes())) as u64
+        bytes += (chosen.index.len() * self.rule.channel_bytes) as u64;
+        linears.selections = [chosen, scratch, third];
+        Used { kept, bytes }
+    }
+
+    /// Fills `chosen` with the kept neurons and their activated gates. Returns the bytes read for it.
+    fn choose(
+        &self,
+        pool: &Pool,
+        linears: &mut Linears,
+        x: &[f32],
+        gate: &mut [f32],
+        chosen: &mut Selection,
+        watch: &mut dyn FnMut(&[f32]),
+    ) -> u64 {
+        let selector = &self.rule.selector;
+        match &self.rule.by {
+            ChosenBy::Gate(Stage::Activated) => {
+                elementwise::act(self.act, gate);
+                watch(gate);
+                chosen.select(selector, gate, false, self.prompt);
+                0
+            }
+            ChosenBy::Gate(Stage::Gate) => {
+                chosen.select(selector, gate, true, self.prompt);
+                elementwise::act(self.act, &mut chosen.value);
+                0
+            }
+            ChosenBy::Predictor { down, relu, up } => {
+                let scores = predict(pool, linears, x, (down, *relu, up));
+                chosen.select(selector, &scores, true, self.prompt);
+                chosen.value.resize(chosen.index.len(), 0.0);
+                rows(pool, linears, self.first, x, &chosen.index, &mut chosen.value);
+                elementwise::act(self.act, &mut chosen.value);
+                let predictor = down.weight.bytes().len() + up.weight.bytes().len();
+                (predictor + chosen.index.len() * self.first.weight.matrix().row_bytes()) as u64
+            }
+        }
+    }
+}
+
+/// Scores of all neurons by a predictor.
+fn predict(pool: &Pool, linears: &mut Linears, x: &[f32], (down, relu, up): (&Linear, bool, &Linear)) -> Vec<f32> {
+    let mut hidden = vec![0.0; down.weight.outputs()];
+    let mut scores = vec![0.0; up.weight.outputs()];
+    linears.dense(pool, x, 1, &mut [(down, &mut hidden)]);
+    if relu {
+        elementwise::act(Activation::Relu, &mut hidden);
+    }
+    linears.dense(pool, &hidden, 1, &mut [(up, &mut scores)]);
+    scores
+}
+
+/// `out[i] = W[rows[i]] x + bias[rows[i]]`.
+fn rows(pool: &Pool, linears: &mut Linears, linear: &Linear, x: &[f32], rows: &[u32], out: &mut [f32]) {
+    let x = linears.operand(x, std::iter::once(&linear.weight));
+    gemv::run_rows(pool, &mut [gemv::RowsJob { w: linear.weight.matrix(), rows, x, y: out }]);
+    if let Some(bias) = &linear.bias {
+        out.iter_mut().zip(rows).for_each(|(o, &i)| *o += bias[i as usize]);
     }
 }

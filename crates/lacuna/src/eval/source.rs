@@ -32,21 +32,53 @@ pub trait LogitSource {
     fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<()>;
 }
 
-/// An engine as a source. Dense engines score in chunks; an engine with a plan decodes token by token, as it would in
-/// use, because prefill is dense and would hide the plan.
+/// How an engine is scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// Dense, in chunks.
+    Dense,
+    /// Under the engine's plan, in chunks: every token through its own selection and dense products.
+    Masked,
+    /// Under the engine's plan, token by token, as in use.
+    Steps,
+}
+
+impl Scoring {
+    /// For reports.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Scoring::Dense => "dense, in chunks",
+            Scoring::Masked => "masked, in chunks; the first 1 % of each window dense",
+            Scoring::Steps => "step by step; the first 1 % of each window dense",
+        }
+    }
+}
+
+/// Tokens at the start of a window that run dense under a plan: 1 %, at least one (WINA's reference code does the same;
+/// in use the whole prompt is dense).
+fn dense_prefix(window: usize) -> usize {
+    window.div_ceil(100).max(1)
+}
+
+/// An engine as a source. Dense engines score in chunks; what a plan costs shows in masked chunks or in steps, because
+/// prefill is dense and would hide the plan.
 pub struct EngineSource {
     session: Session,
     vocab: usize,
-    stepwise: bool,
+    scoring: Scoring,
+    /// Length of the windows that are fed, at most.
+    window: usize,
 }
 
 impl EngineSource {
-    /// A session of at most `context` tokens (0: the model's). `stepwise`: decode every scored token.
+    /// A session for windows of at most `context` tokens (0: as long as the model's context).
     ///
     /// # Errors
     /// A context longer than the model's.
-    pub fn new(engine: &Engine, context: usize, stepwise: bool) -> Result<Self> {
-        Ok(Self { session: engine.session(context)?, vocab: engine.model().spec.vocab, stepwise })
+    pub fn new(engine: &Engine, context: usize, scoring: Scoring) -> Result<Self> {
+        let session = engine.session(context)?;
+        let window = session.context();
+        Ok(Self { session, vocab: engine.model().spec.vocab, scoring, window })
     }
 
     /// The session, for its counters.
@@ -75,10 +107,21 @@ impl LogitSource for EngineSource {
 
     fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<()> {
         logits.clear();
-        if !self.stepwise {
-            return self.session.score(tokens, &mut |_, row| logits.extend_from_slice(row));
+        let dense = match self.scoring {
+            Scoring::Dense => tokens.len(),
+            _ => dense_prefix(self.window).saturating_sub(self.session.len()).min(tokens.len()),
+        };
+        let (dense, sparse) = tokens.split_at(dense);
+        if !dense.is_empty() {
+            self.session.score(dense, &mut |_, row| logits.extend_from_slice(row))?;
         }
-        for token in tokens {
+        if sparse.is_empty() {
+            return Ok(());
+        }
+        if self.scoring == Scoring::Masked {
+            return self.session.score_masked(sparse, &mut |_, row| logits.extend_from_slice(row));
+        }
+        for token in sparse {
             logits.extend_from_slice(self.session.decode(*token)?);
         }
         Ok(())

@@ -5,8 +5,9 @@
 //! not zero: with a kept share p the MLP reads (1 + 2p)/3 of its bytes. Fails (and says so) on activations that never
 //! return exact zeros.
 
+use super::common::{mlp_layers, neuron_magnitudes, not_applicable};
 use lacuna_core::{
-    method::{Citation, LayerShape, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector},
     site::{Point, Site},
     weight::Orientation,
@@ -48,28 +49,26 @@ impl Method for Relu {
         &[Orientation::OutputMajor, Orientation::InputMajor]
     }
 
-    fn needs(&self, _: &Params, layers: &[LayerShape]) -> Needs {
-        let points = (0..layers.len()).filter(|&l| layers[l].mlp.is_some()).map(|layer| Point::Neurons { layer });
-        Needs { points: points.collect(), tokens: 0 }
+    fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
+        Needs { observations: neuron_magnitudes(&ctx), tokens: 0 }
     }
 
     fn plan(&self, _: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
         ctx.statistics.check()?;
-        let cannot = |reason| Err(MethodError::NotApplicable { method: self.name().into(), reason });
         let mut entries = Vec::new();
-        for (layer, shape) in ctx.layers.iter().enumerate() {
-            let Some(mlp) = &shape.mlp else { continue };
-            if !mlp.exact_zeros {
-                return cannot(format!(
+        for (layer, _) in mlp_layers(&ctx) {
+            if let Some(mlp) = ctx.layers[layer].mlp.as_ref().filter(|m| !m.exact_zeros) {
+                let reason = format!(
                     "its activation is `{}`, which never returns exact zeros; `relu` needs relu or relu2 (use `teal` here)",
                     mlp.activation
-                ));
+                );
+                return not_applicable(self, reason);
             }
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.nonzero_share() as f32);
-            entries.push(Entry { layer, rule: Rule::Neurons { selector: Selector::NonZero }, kept });
+            entries.push(Entry { layer, rule: Rule::neurons(Selector::non_zero()), kept });
         }
         if entries.is_empty() {
-            return cannot("it has no MLP outside experts".into());
+            return not_applicable(self, "it has no MLP outside experts");
         }
         Ok(entries)
     }
@@ -78,30 +77,34 @@ impl Method for Relu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_core::{method::MlpShape, statistics::Statistics};
-
-    fn layer(activation: &str, exact_zeros: bool) -> LayerShape {
-        let mlp = MlpShape { inner: 4, gated: true, activation: activation.into(), exact_zeros };
-        LayerShape { width: 2, query: 2, kv: 2, mlp: Some(mlp) }
-    }
+    use crate::testing::{NoWeights, layers};
+    use lacuna_core::{
+        method::{Budgets, LayerShape},
+        observer::Observer,
+        statistics::Statistics,
+    };
 
     #[test]
     fn reports_the_share_it_saw_and_plans_without_one() {
-        let layers = [layer("relu", true), layer("relu2", true)];
+        let (layers, budgets) = (layers(2, "relu"), Budgets::default());
         let params = Params::new(&Relu, []).unwrap();
-        let mut statistics = Statistics::new(Relu.needs(&params, &layers).points);
-        let plan = |s: &Statistics| Relu.plan(&params, PlanContext { layers: &layers, statistics: s }).unwrap();
+        fn ctx<'a>(layers: &'a [LayerShape], statistics: &'a Statistics, budgets: &'a Budgets) -> PlanContext<'a> {
+            PlanContext { layers, statistics, weights: &NoWeights, budgets }
+        }
+        let wanted = Relu.needs(&params, ctx(&layers, &Statistics::default(), &budgets)).observations;
+        let mut statistics = Statistics::new(wanted);
+        let plan = |s: &Statistics| Relu.plan(&params, ctx(&layers, s, &budgets)).unwrap();
         assert_eq!(plan(&statistics)[1].kept, None);
-        use lacuna_core::observer::Observer;
         statistics.observe(Point::Neurons { layer: 1 }, 4, &[0.0, 1.0, 0.0, 0.0]);
         assert_eq!((plan(&statistics)[0].kept, plan(&statistics)[1].kept), (None, Some(0.25)));
     }
 
     #[test]
     fn refuses_smooth_activations() {
-        let layers = [layer("silu", false)];
+        let (layers, budgets, nothing) = (layers(1, "silu"), Budgets::default(), Statistics::default());
         let params = Params::new(&Relu, []).unwrap();
-        let e = Relu.plan(&params, PlanContext { layers: &layers, statistics: &Statistics::default() }).unwrap_err();
+        let ctx = PlanContext { layers: &layers, statistics: &nothing, weights: &NoWeights, budgets: &budgets };
+        let e = Relu.plan(&params, ctx).unwrap_err();
         assert!(e.to_string().contains("`silu`"), "{e}");
     }
 }

@@ -1,21 +1,25 @@
 //! `teal`: drop the input channels of small magnitude, at every projection.
 //!
 //! Liu et al., Training-Free Activation Sparsity in Large Language Models (arXiv:2408.14690). Rule: keep `x_j` where
-//! `|x_j| > t`, one threshold `t` per layer and projection, so that a share `sparsity` of the calibration values falls
-//! below. Here `t = F^-1(sparsity)` with `F` the distribution of `|x|` (the paper's `F_signed^-1(0.5 + s/2)` assumes
-//! symmetry), and the same share everywhere (its uniform variant; the greedy search per block is not in this file).
-//! Four distinct vectors per block feed seven projections. Reads `(1 - s)` of the bytes; quality falls smoothly to
-//! about 50 % on large models, earlier on small ones.
+//! `|x_j| > t`, one threshold `t` per layer and projection, so that its share of the calibration values falls below.
+//! Here `t = F^-1(s)` with `F` the distribution of `|x|` (the paper's `F_signed^-1(0.5 + s/2)` assumes symmetry). How
+//! the block's share is spread over its projections: by a search where one was run, else by the mean of the published
+//! searches (`prior=1`), or evenly (`prior=0`). Reads `(1 - s)` of the bytes; quality falls smoothly to about 50 % on
+//! large models, earlier on small ones.
 
+use super::{
+    common::{SPARSITY, input_point, projections, switch, threshold},
+    prior::allocation,
+};
 use lacuna_core::{
-    method::{Citation, LayerShape, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
-    plan::{Entry, Rule, Selector},
-    site::{Point, Proj, Site},
+    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    plan::{Entry, Rule},
+    site::Site,
+    statistics::Observation,
     weight::Orientation,
 };
-use std::ops::Bound;
 
-/// TEAL with uniform thresholds.
+/// TEAL.
 #[derive(Debug)]
 pub struct Teal;
 
@@ -25,7 +29,7 @@ impl Method for Teal {
     }
 
     fn title(&self) -> &'static str {
-        "TEAL, uniform thresholds"
+        "TEAL"
     }
 
     fn site(&self) -> Site {
@@ -44,12 +48,10 @@ impl Method for Teal {
     }
 
     fn params(&self) -> &'static [ParamSpec] {
-        const PARAMS: &[ParamSpec] = &[ParamSpec {
-            name: "sparsity",
-            doc: "share of the input channels that is dropped",
-            default: 0.5,
-            range: (Bound::Included(0.0), Bound::Excluded(1.0)),
-        }];
+        const PARAMS: &[ParamSpec] = &[
+            SPARSITY,
+            switch("prior", "1: spread over the projections as the published searches did on average, 0: evenly", true),
+        ];
         PARAMS
     }
 
@@ -57,12 +59,13 @@ impl Method for Teal {
         &[Orientation::InputMajor]
     }
 
-    fn needs(&self, _: &Params, layers: &[LayerShape]) -> Needs {
-        let points = layers.iter().enumerate().flat_map(|(layer, shape)| {
-            let own = move |p: &Proj| shape.projection(*p).is_some() && shape.observed_as(*p) == *p;
-            Proj::ALL.into_iter().filter(own).map(move |proj| Point::Input { layer, proj })
-        });
-        Needs { points: points.collect(), tokens: 20_000 }
+    fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
+        let mut observations = Vec::new();
+        for (layer, shape) in ctx.layers.iter().enumerate() {
+            let points = projections(shape).filter(|p| shape.observed_as(*p) == *p);
+            observations.extend(points.map(|p| Observation::magnitudes(input_point(layer, shape, p))));
+        }
+        Needs { observations, tokens: 20_000 }
     }
 
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
@@ -70,17 +73,12 @@ impl Method for Teal {
         let sparsity = params.get("sparsity");
         let mut entries = Vec::new();
         for (layer, shape) in ctx.layers.iter().enumerate() {
-            for proj in Proj::ALL.into_iter().filter(|&p| shape.projection(p).is_some()) {
-                let point = Point::Input { layer, proj: shape.observed_as(proj) };
-                let seen = ctx.statistics.magnitudes(point);
-                let seen = seen.ok_or_else(|| MethodError::NoStatistics { method: self.name().into(), point })?;
-                let threshold = seen.threshold(sparsity);
-                let kept = Some(seen.kept_share(threshold) as f32);
-                entries.push(Entry {
-                    layer,
-                    rule: Rule::Inputs { proj, selector: Selector::Magnitude { threshold } },
-                    kept,
-                });
+            let prior = allocation(shape, sparsity);
+            for proj in projections(shape) {
+                let own = if params.get("prior") >= 0.5 { prior[proj as usize] } else { sparsity };
+                let dropped = ctx.dropped(layer, proj, own);
+                let (selector, kept) = threshold(self, &ctx, input_point(layer, shape, proj), None, dropped)?;
+                entries.push(Entry { layer, rule: Rule::inputs(proj, selector), kept: Some(kept) });
             }
         }
         Ok(entries)
@@ -90,28 +88,35 @@ impl Method for Teal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_core::{method::MlpShape, observer::Observer, statistics::Statistics};
+    use crate::testing::{NoWeights, layers};
+    use lacuna_core::{method::Budgets, observer::Observer, plan::Cut, site::Proj, statistics::Statistics};
 
     #[test]
     fn four_vectors_feed_seven_projections() {
-        let mlp = MlpShape { inner: 4, gated: true, activation: "silu".into(), exact_zeros: false };
-        let layers = [LayerShape { width: 2, query: 2, kv: 2, mlp: Some(mlp) }];
-        let params = Params::new(&Teal, [("sparsity", 0.5)]).unwrap();
-        let needs = Teal.needs(&params, &layers);
-        assert_eq!(needs.points.len(), 4);
-        let mut statistics = Statistics::new(needs.points.iter().copied());
-        for (i, point) in needs.points.iter().enumerate() {
+        let layers = layers(1, "silu");
+        let params = Params::new(&Teal, [("sparsity", 0.5), ("prior", 0.0)]).unwrap();
+        let (nothing, mut budgets) = (Statistics::default(), Budgets::default());
+        let needs = Teal.needs(
+            &params,
+            PlanContext { layers: &layers, statistics: &nothing, weights: &NoWeights, budgets: &budgets },
+        );
+        assert_eq!(needs.observations.len(), 4);
+        let mut statistics = Statistics::new(needs.observations.clone());
+        for (i, o) in needs.observations.iter().enumerate() {
             let values: Vec<f32> = (1..=1000).map(|j| (i + 1) as f32 * j as f32).collect();
-            statistics.observe(*point, 2, &values);
+            statistics.observe(o.point, 2, &values);
         }
-        let entries = Teal.plan(&params, PlanContext { layers: &layers, statistics: &statistics }).unwrap();
-        let threshold = |i: usize| match entries[i].rule.selector() {
-            Selector::Magnitude { threshold } => threshold,
-            Selector::NonZero => panic!("teal plans magnitudes"),
+        budgets.dropped.insert((0, Proj::Up), 0.25);
+        let ctx = PlanContext { layers: &layers, statistics: &statistics, weights: &NoWeights, budgets: &budgets };
+        let entries = Teal.plan(&params, ctx).unwrap();
+        let threshold = |i: usize| match entries[i].rule.selector().cut {
+            Cut::Above { threshold } => threshold,
+            ref other => panic!("teal plans thresholds, not {other:?}"),
         };
         assert_eq!(entries.len(), 7);
         assert!((threshold(0) - 500.0).abs() < 4.0 && threshold(0) == threshold(1) && threshold(0) == threshold(2));
         assert!((threshold(3) - 1000.0).abs() < 8.0 && (threshold(4) - 1500.0).abs() < 12.0);
-        assert!((threshold(6) - 2000.0).abs() < 16.0 && threshold(4) == threshold(5));
+        assert!((threshold(6) - 2000.0).abs() < 16.0);
+        assert!((threshold(5) - 750.0).abs() < 8.0, "a share from outside goes before the parameter");
     }
 }

@@ -1,0 +1,64 @@
+//! One block at a time: the residual stream goes in, and comes out as the block leaves it under given rules. Searches for
+//! budgets measure errors with it.
+
+use super::{
+    Engine,
+    compiled::{CompiledPlan, Counters, LayerPlan},
+    forward::{Forward, Mode, Nobody, Workspace},
+    kv::{KvCache, Places},
+    shared::Shared,
+};
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// Runs single blocks.
+pub struct Probe {
+    shared: Arc<Shared>,
+    kv: KvCache,
+    ws: Workspace,
+    counters: Counters,
+    plan: CompiledPlan,
+}
+
+impl Probe {
+    /// A probe into the blocks of `engine`.
+    pub fn new(engine: &Engine) -> Self {
+        let shared = engine.shared.clone();
+        let layers = shared.model.blocks.len();
+        Self {
+            kv: KvCache::new(shared.blocks.clone()),
+            counters: Counters::new(layers),
+            plan: CompiledPlan { layers: vec![LayerPlan::default(); layers], masked: true },
+            ws: Workspace::default(),
+            shared,
+        }
+    }
+
+    /// What block `layer` makes of the residual stream `x` (rows of the tokens of one sequence), with every row through
+    /// its own selection by `rules`; without rules, dense.
+    ///
+    /// # Errors
+    /// No such layer, or rows that do not fit the model.
+    pub fn block(&mut self, layer: usize, x: &[f32], rules: Option<&LayerPlan>) -> Result<&[f32]> {
+        let spec = &self.shared.model.spec;
+        if layer >= spec.blocks.len() || x.is_empty() || !x.len().is_multiple_of(spec.width) {
+            let problem = format!("{} numbers for block {layer} of width {}", x.len(), spec.width);
+            return Err(Error::Argument { name: "x", problem });
+        }
+        self.kv.truncate(0);
+        self.plan.layers[layer] = rules.cloned().unwrap_or_default();
+        let n = x.len() / spec.width;
+        let mode = if rules.is_some() { Mode::Masked } else { Mode::Prefill };
+        let mut forward = Forward {
+            shared: &self.shared,
+            places: Places::following(&mut self.kv, 0, n),
+            ws: &mut self.ws,
+            counters: &mut self.counters,
+            observer: &mut Nobody,
+            plan: Some(&self.plan),
+            mode,
+        };
+        forward.run_block(layer, x, n);
+        Ok(&self.ws.x)
+    }
+}
