@@ -221,7 +221,9 @@ impl Rule {
     /// How entries are selected.
     pub fn selector(&self) -> &Selector {
         match self {
-            Rule::Inputs { selector, .. } | Rule::Neurons { selector, .. } | Rule::Predicted { selector, .. } => selector,
+            Rule::Inputs { selector, .. } | Rule::Neurons { selector, .. } | Rule::Predicted { selector, .. } => {
+                selector
+            }
         }
     }
 
@@ -271,7 +273,8 @@ impl Rule {
         self.selector().check(signed)?;
         match then {
             Some(t) if !matches!(t.cut, Cut::NonZero | Cut::Above { .. } | Cut::Top { .. }) => {
-                Err("selects products by their spread, a list or the prompt; a threshold or a count is needed there".into())
+                Err("selects products by their spread, a list or the prompt; a threshold or a count is needed there"
+                    .into())
             }
             Some(t) => t.check(false),
             None => Ok(()),
@@ -396,7 +399,9 @@ mod tests {
         let error = |rule: Rule| plan(rule).check(1).unwrap_err();
         assert!(error(Rule::inputs(Proj::Q, Selector::above(f32::NAN))).contains("NaN"));
         assert!(error(Rule::inputs(Proj::Q, Selector::above(-1.0))).contains("-1"));
-        assert!(error(Rule::inputs(Proj::Q, Selector { scale: None, cut: Cut::Prompt { count: 3 } })).contains("prompt"));
+        assert!(
+            error(Rule::inputs(Proj::Q, Selector { scale: None, cut: Cut::Prompt { count: 3 } })).contains("prompt")
+        );
         let at_gate = Rule::Neurons { on: Stage::Gate, selector: Selector::above(-1.0), then: None };
         plan(at_gate).check(1).unwrap();
         let mut twice = plan(Rule::neurons(Selector::non_zero()));

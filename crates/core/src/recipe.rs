@@ -56,9 +56,8 @@ impl Recipe {
 /// name, `teal=0.5:prior=1`.
 pub fn parse_short(spec: &str) -> Result<Vec<Step>, MethodError> {
     let bad = |reason: String| MethodError::Recipe { path: format!("`{spec}`"), reason };
-    let number = |name: &str, v: &str| {
-        v.trim().parse().map_err(|_| bad(format!("`{v}` after `{name}=` is not a number")))
-    };
+    let number =
+        |name: &str, v: &str| v.trim().parse().map_err(|_| bad(format!("`{v}` after `{name}=` is not a number")));
     let step = |part: &str| {
         let mut pieces = part.split(':');
         let first = pieces.next().unwrap_or("");

@@ -299,7 +299,8 @@ mod tests {
     fn several_things_are_gathered_at_one_point() {
         let scale = Tensor::vector(vec![10.0, 1.0]);
         let rows = Observation { point: DOWN, gather: Gather::Rows { every: 2, most: 2 } };
-        let all = [Observation::magnitudes(DOWN), Observation::scores(DOWN, scale.clone()), Observation::moments(DOWN), rows];
+        let all =
+            [Observation::magnitudes(DOWN), Observation::scores(DOWN, scale.clone()), Observation::moments(DOWN), rows];
         let mut s = Statistics::new(all.clone());
         assert!(s.missing(&all).is_empty());
         for chunk in [&[1.0, -2.0, 3.0, 0.0][..], &[5.0, 6.0, 7.0, 8.0, 9.0, 10.0]] {

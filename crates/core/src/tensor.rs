@@ -79,7 +79,10 @@ impl Tensor {
             return bad(format!("{x}"), "finite numbers");
         }
         if tensor.content_name() != name {
-            return bad("other numbers than its name says".into(), "those it was stored with; delete the plan and calibrate again");
+            return bad(
+                "other numbers than its name says".into(),
+                "those it was stored with; delete the plan and calibrate again",
+            );
         }
         Ok(tensor)
     }

@@ -71,7 +71,8 @@ fn sparse(
     };
     let subject = calibrate::Subject::new(model);
     let (plan, _) = calibrate::calibrate(&steps, &subject, &mut forward, training, |_, _, _| {})?;
-    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: true };
+    let options =
+        CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: true };
     let compiled = compile(&plan, model, &options, dense.pool(), &|_, _| {})?;
     let engine = Engine::new(compiled.model, Options { plan: Some(compiled.plan), ..Options::default() })?;
     let mut base = EngineSource::new(dense, 0, Scoring::Dense)?;

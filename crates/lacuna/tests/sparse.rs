@@ -15,8 +15,8 @@ use lacuna_core::{
     method::{LayerShape, Weights},
     observer::Observer,
     plan::{Cut, Entry, LowRank, PLAN_VERSION, Plan, Predictor, Rule, Selector, Stage},
-    tensor::Tensor,
     site::{Point, Proj},
+    tensor::Tensor,
 };
 use lacuna_kernels::Pool;
 use lacuna_methods::registry;
@@ -137,7 +137,8 @@ fn a_plan_for_other_weights_or_places_is_refused() {
     let find = |name: &str| fixtures().into_iter().find(|d| d.ends_with(name)).unwrap();
     let (llama, opt) = (model(&find("llama2")), model(&find("opt")));
     let error = |plan: &Plan, model: &Arc<Model>| {
-        let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::default(), masked: false };
+        let options =
+            CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::default(), masked: false };
         compile(plan, model, &options, &Pool::new(1), &|_, _| {}).unwrap_err().to_string()
     };
     let entries = vec![Entry { layer: 0, rule: Rule::inputs(Proj::Gate, Selector::non_zero()), kept: None }];
@@ -290,14 +291,23 @@ fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
         shapes.iter().enumerate().flat_map(each).collect()
     };
     let neurons = |make: &dyn Fn(usize, usize) -> Rule| -> Vec<Entry> {
-        let each = |(layer, s): (usize, &LayerShape)| Some(Entry { layer, rule: make(layer, s.mlp.as_ref()?.inner), kept: None });
+        let each = |(layer, s): (usize, &LayerShape)| {
+            Some(Entry { layer, rule: make(layer, s.mlp.as_ref()?.inner), kept: None })
+        };
         shapes.iter().enumerate().filter_map(each).collect()
     };
     let gaussian = |multiple: f32| Selector { scale: None, cut: Cut::Gaussian { multiple } };
-    let every_second = |n: usize| Selector { scale: None, cut: Cut::Listed { list: Tensor::list((0..n as u32).step_by(2).collect()) } };
+    let every_second = |n: usize| Selector {
+        scale: None,
+        cut: Cut::Listed { list: Tensor::list((0..n as u32).step_by(2).collect()) },
+    };
     let width = model.spec.width;
     let numbers = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 0.2).collect::<Vec<_>>();
-    let predictor = |n: usize| Predictor { down: Tensor::matrix(6, &numbers(6 * width)), up: Tensor::matrix(n, &numbers(6 * n)), relu: true };
+    let predictor = |n: usize| Predictor {
+        down: Tensor::matrix(6, &numbers(6 * width)),
+        up: Tensor::matrix(n, &numbers(6 * n)),
+        relu: true,
+    };
     let low_rank = |proj: Proj, n: usize| {
         let outputs = shapes[0].projection(proj).unwrap().0;
         LowRank { down: Tensor::matrix(3, &numbers(3 * n)), up: Tensor::matrix(outputs, &numbers(3 * outputs)) }
@@ -307,21 +317,36 @@ fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
         ("scaled top-k", inputs(&|l, p, n| Rule::inputs(p, Selector::top(n / 2).scaled(norms(l, p))))),
         ("gaussian inputs", inputs(&|_, p, _| Rule::inputs(p, gaussian(-0.2)))),
         ("listed inputs", inputs(&|_, p, n| Rule::inputs(p, every_second(n)))),
-        ("low rank", inputs(&|_, p, n| Rule::Inputs { proj: p, selector: Selector::top(n / 3), low_rank: Some(low_rank(p, n)) })),
+        (
+            "low rank",
+            inputs(&|_, p, n| Rule::Inputs { proj: p, selector: Selector::top(n / 3), low_rank: Some(low_rank(p, n)) }),
+        ),
         ("neurons, top-k", neurons(&|_, n| Rule::neurons(Selector::top(n / 2)))),
         ("neurons, scaled", neurons(&|l, _| Rule::neurons(Selector::above(0.1).scaled(norms(l, Proj::Down))))),
-        ("neurons at the gate", neurons(&|_, _| Rule::Neurons { on: Stage::Gate, selector: gaussian(0.1), then: None })),
-        ("neurons, then products", neurons(&|l, n| Rule::Neurons {
-            on: Stage::Activated,
-            selector: Selector::top(n / 2),
-            then: Some(Selector::top(n / 4).scaled(norms(l, Proj::Down))),
-        })),
-        ("predicted", neurons(&|_, n| Rule::Predicted { predictor: predictor(n), selector: Selector::top(n / 2), then: None })),
-        ("predicted, threshold", neurons(&|_, n| Rule::Predicted {
-            predictor: predictor(n),
-            selector: Selector { scale: None, cut: Cut::Above { threshold: -0.1 } },
-            then: Some(Selector::non_zero()),
-        })),
+        (
+            "neurons at the gate",
+            neurons(&|_, _| Rule::Neurons { on: Stage::Gate, selector: gaussian(0.1), then: None }),
+        ),
+        (
+            "neurons, then products",
+            neurons(&|l, n| Rule::Neurons {
+                on: Stage::Activated,
+                selector: Selector::top(n / 2),
+                then: Some(Selector::top(n / 4).scaled(norms(l, Proj::Down))),
+            }),
+        ),
+        (
+            "predicted",
+            neurons(&|_, n| Rule::Predicted { predictor: predictor(n), selector: Selector::top(n / 2), then: None }),
+        ),
+        (
+            "predicted, threshold",
+            neurons(&|_, n| Rule::Predicted {
+                predictor: predictor(n),
+                selector: Selector { scale: None, cut: Cut::Above { threshold: -0.1 } },
+                then: Some(Selector::non_zero()),
+            }),
+        ),
     ];
     let plan = |(name, entries)| {
         let (model, method) = (model.hash.clone(), String::from("by hand"));
@@ -342,7 +367,11 @@ fn masked_passes_equal_decode_step_by_step() {
             let want = logits(&e, &tokens, 3);
             let width = model.spec.vocab;
             let mask_only = {
-                let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: true };
+                let options = CompileOptions {
+                    cache: LayoutCache::new(None, ""),
+                    break_even: BreakEven::never_dense(),
+                    masked: true,
+                };
                 compile(&plan, &model, &options, &Pool::new(1), &|_, _| {}).unwrap()
             };
             for e in [&e, &engine(&mask_only.model, Some(&mask_only))] {
@@ -353,7 +382,13 @@ fn masked_passes_equal_decode_step_by_step() {
                 let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert_eq!(got.len(), width * (tokens.len() - 2));
                 assert!(far <= 2e-2 * range, "{} {name}: {far} of {range}", dir.display());
-                let kept = session.counters().layers.iter().flat_map(|l| l.inputs.iter().chain([&l.neurons])).map(|c| c.total).sum::<u64>();
+                let kept = session
+                    .counters()
+                    .layers
+                    .iter()
+                    .flat_map(|l| l.inputs.iter().chain([&l.neurons]))
+                    .map(|c| c.total)
+                    .sum::<u64>();
                 assert!(kept > 0 && session.counters().steps == 11);
             }
         }

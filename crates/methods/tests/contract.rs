@@ -106,6 +106,12 @@ fn budgets(method: &dyn Method) -> Vec<(Option<f64>, Params)> {
     }
 }
 
+/// The largest budget of a method: nothing dropped but zeros.
+fn full(method: &dyn Method) -> Params {
+    let first = method.params().first().filter(|p| ["sparsity", "threshold"].contains(&p.name));
+    Params::new(method, first.map(|p| (p.name, 0.0))).unwrap()
+}
+
 /// The vector an entry selects on.
 fn selected_point(entry: &Entry) -> Point {
     let layer = entry.layer;
@@ -208,8 +214,7 @@ fn matrix(format: Format, rows: usize, cols: usize) -> Vec<u8> {
 fn full_budget_has_the_bits_of_dense() {
     let pool = Pool::new(2);
     for method in METHODS {
-        let (_, params) = &budgets(*method)[0];
-        for entry in planned(*method, params) {
+        for entry in planned(*method, &full(*method)) {
             let (width, values) = data(selected_point(&entry));
             for layout in method.layouts() {
                 for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0] {

@@ -171,7 +171,8 @@ fn read_side(side: &Side, path: &Path) -> Result<BTreeMap<String, Tensor>, Metho
     let mut all = BTreeMap::new();
     for entry in tensors.entries() {
         let shape = entry.shape.iter().map(|a| usize::try_from(*a).unwrap_or(usize::MAX)).collect();
-        let tensor = Tensor::read(&entry.name, entry.dtype, shape, tensors.bytes(entry)?).map_err(|e| e.in_file(&file))?;
+        let tensor =
+            Tensor::read(&entry.name, entry.dtype, shape, tensors.bytes(entry)?).map_err(|e| e.in_file(&file))?;
         all.insert(entry.name.clone(), tensor);
     }
     Ok(all)
@@ -208,7 +209,8 @@ mod tests {
     }
 
     fn names(dir: &Path) -> Vec<String> {
-        let mut all: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut all: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         all.sort();
         all
     }

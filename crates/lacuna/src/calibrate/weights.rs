@@ -108,7 +108,13 @@ mod tests {
         let want = column_norms(all.iter().map(Vec::as_slice), width);
         let got = weights.column_norms(1, &[Proj::Q, Proj::K, Proj::V]).unwrap();
         assert!(got.values().iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * b), "{got:?}");
-        let one: f32 = weights.matrix(0, Proj::Down).unwrap().iter().step_by(model.blocks[0].linear(Proj::Down).unwrap().weight.inputs()).map(|w| w * w).sum();
+        let one: f32 = weights
+            .matrix(0, Proj::Down)
+            .unwrap()
+            .iter()
+            .step_by(model.blocks[0].linear(Proj::Down).unwrap().weight.inputs())
+            .map(|w| w * w)
+            .sum();
         assert!((weights.column_norms(0, &[Proj::Down]).unwrap().values()[0] - one.sqrt()).abs() < 1e-5);
         assert!(weights.column_norms(99, &[Proj::Q]).is_none());
     }

@@ -38,10 +38,8 @@ pub fn pass(
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Pass> {
     let longest = windows.iter().map(|w| w.tokens.len()).max().unwrap_or(0);
-    let (mut base, mut source) = (
-        EngineSource::new(dense, longest, Scoring::Masked)?,
-        EngineSource::new(test, longest, Scoring::Masked)?,
-    );
+    let (mut base, mut source) =
+        (EngineSource::new(dense, longest, Scoring::Masked)?, EngineSource::new(test, longest, Scoring::Masked)?);
     let each = |p: Progress<'_, Divergence>| progress(p.done, p.total);
     let d = divergence(&mut base, &mut source, windows, Some(pieces), each)?;
     let (quality, dense_quality) = qualities(&d)?;

@@ -39,7 +39,16 @@ impl Engine {
         let places = Places::new(rows.iter_mut().map(|(session, _)| &mut session.kv).collect(), places);
         let shared = &*self.shared;
         let mode = Mode::Decode;
-        Forward { shared, places, ws: &mut ws, counters: &mut counters, observer: &mut Nobody, plan: shared.plan.as_deref(), mode }.run(&tokens);
+        Forward {
+            shared,
+            places,
+            ws: &mut ws,
+            counters: &mut counters,
+            observer: &mut Nobody,
+            plan: shared.plan.as_deref(),
+            mode,
+        }
+        .run(&tokens);
         head_input(shared, &mut ws, &mut Nobody, None);
         logits(shared, &mut ws, rows.len(), &mut all);
         let (n, vocab) = (rows.len(), shared.model.spec.vocab);

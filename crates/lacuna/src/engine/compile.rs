@@ -14,8 +14,8 @@ use crate::{
 use lacuna_core::{
     method::MethodError,
     plan::{Entry, Plan, Rule, Selector},
-    tensor::Tensor,
     site::Proj,
+    tensor::Tensor,
     weight::{Orientation, Weight},
 };
 use lacuna_kernels::{Format, Pool};

@@ -43,7 +43,8 @@ impl Forward<'_> {
 
     fn all_neurons(&mut self, w: &Layers<'_>, n: usize) {
         let inner = w.first.weight.outputs();
-        let place = Site { plan: layer_plan(self.plan, w.layer), pool: &self.shared.pool, mode: self.mode, layer: w.layer };
+        let place =
+            Site { plan: layer_plan(self.plan, w.layer), pool: &self.shared.pool, mode: self.mode, layer: w.layer };
         let Workspace { h, gate, up, linears, .. } = &mut *self.ws;
         match w.second {
             Some(second) => {

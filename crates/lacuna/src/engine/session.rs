@@ -134,7 +134,8 @@ impl Session {
         let places = Places::new(std::iter::once(&mut self.kv).chain(&mut forks).collect(), rows);
         let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
         let mode = if dense { Mode::Dense } else { Mode::Decode };
-        Forward { shared, places, ws, counters, observer: &mut Nobody, plan: shared.plan.as_deref(), mode }.run(tree.tokens());
+        Forward { shared, places, ws, counters, observer: &mut Nobody, plan: shared.plan.as_deref(), mode }
+            .run(tree.tokens());
         self.counters.steps += 1;
         self.count_head(1);
         self.counters.kv_bytes += (0..n).map(|i| kv_bytes_read(&self.shared, start + tree.depth(i) + 1)).sum::<u64>();

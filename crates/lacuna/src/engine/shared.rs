@@ -1,9 +1,6 @@
 //! What all sessions of an engine share.
 
-use super::{
-    compiled::CompiledPlan,
-    kv::BlockPool,
-};
+use super::{compiled::CompiledPlan, kv::BlockPool};
 use crate::model::weights::{Linear, Mlp, Model};
 use lacuna_core::weight::{Orientation, Weight};
 use lacuna_kernels::{Format, Pool, attention::KvType, convert::decode_run};

@@ -143,7 +143,9 @@ mod tests {
         let chess = planned(&Chess, &[("sparsity", 0.4)], &layers(1, "silu"), &NoWeights, rows(|_| 2.0));
         let cats = planned(&Cats, &[("sparsity", 0.4)], &layers(1, "silu"), &NoWeights, rows(|_| 2.0));
         let neurons = chess.iter().find(|e| e.rule.place() == "mlp neurons").unwrap();
-        assert!((neurons.kept.unwrap() - 0.6).abs() < 0.01 && (neurons.kept.unwrap() - cats[0].kept.unwrap()).abs() < 0.01);
+        assert!(
+            (neurons.kept.unwrap() - 0.6).abs() < 0.01 && (neurons.kept.unwrap() - cats[0].kept.unwrap()).abs() < 0.01
+        );
         let x = crate::testing::normal(9, 8);
         assert_eq!(kept_of(neurons.rule.selector(), &x), kept_of(cats[0].rule.selector(), &x));
         assert_eq!(chess.len(), 3, "q, o and the neurons; k and v stay dense");

@@ -72,9 +72,6 @@ pub fn threshold(
 
 /// The selector that keeps `1 - dropped` of `width` entries by rank (at least one), and the share it keeps.
 pub fn top(width: usize, scale: Option<Tensor>, dropped: f64) -> (Selector, f32) {
-    if dropped <= 0.0 {
-        return (Selector::non_zero(), 1.0);
-    }
     let count = ((width as f64 * (1.0 - dropped)).round() as usize).clamp(1, width);
     (Selector { scale, cut: Cut::Top { count } }, count as f32 / width as f32)
 }

@@ -66,7 +66,8 @@ impl Method for FatRelu {
         for (layer, _) in mlp_layers(&ctx) {
             let mlp = ctx.layers[layer].mlp.as_ref().filter(|m| !m.exact_zeros);
             if let Some(mlp) = mlp {
-                let reason = format!("its activation is `{}`; `fatrelu` needs relu or relu2 (use `cats` here)", mlp.activation);
+                let reason =
+                    format!("its activation is `{}`; `fatrelu` needs relu or relu2 (use `cats` here)", mlp.activation);
                 return not_applicable(self, reason);
             }
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.kept_share(threshold) as f32);

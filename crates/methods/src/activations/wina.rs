@@ -134,8 +134,11 @@ mod tests {
     fn entries(weights: &dyn lacuna_core::method::Weights, spec: &[(&str, f64)]) -> Vec<Entry> {
         let params = Params::new(&Wina, spec.iter().copied()).unwrap();
         let (statistics, budgets) = (Statistics::default(), Budgets::default());
-        Wina.plan(&params, PlanContext { layers: &layers(1, "silu"), statistics: &statistics, weights, budgets: &budgets })
-            .unwrap()
+        Wina.plan(
+            &params,
+            PlanContext { layers: &layers(1, "silu"), statistics: &statistics, weights, budgets: &budgets },
+        )
+        .unwrap()
     }
 
     const TOP: [(&str, f64); 3] = [("sparsity", 0.5), ("topk", 1.0), ("prior", 0.0)];
