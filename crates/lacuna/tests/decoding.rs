@@ -18,7 +18,6 @@ use lacuna::{
     model::{LoadOptions, Model, load},
     tokenizer::Tokenizer,
 };
-use lacuna_core::statistics::Statistics;
 use lacuna_kernels::Pool;
 use lacuna_methods::registry;
 use std::{
@@ -159,21 +158,16 @@ fn clone_of(r: &Recycling, tokens: &[u32]) -> Recycling {
 fn with_plan(model: Model, spec: &str, prompt: &[u32]) -> (Engine, Engine) {
     let model = Arc::new(model);
     let steps = registry::parse(spec).unwrap();
-    let layers = calibrate::layer_shapes(&model.spec);
-    let needed = calibrate::needed(&steps, &layers);
+    let subject = calibrate::Subject::new(&model);
     let dense = Engine::new(model.clone(), Options::default()).unwrap();
-    let statistics = if needed.tokens == 0 {
-        Statistics::new([])
-    } else {
-        let mut session = dense.session(0).unwrap();
-        let mut forward = |tokens: &[u32], observer: &mut dyn lacuna_core::observer::Observer| {
-            session.truncate(0);
-            session.observe(tokens, observer)
-        };
-        calibrate::observe(&mut forward, &[prompt.to_vec()], &needed.points, |_, _| {}).unwrap()
+    let mut session = dense.session(0).unwrap();
+    let mut forward = |tokens: &[u32], observer: &mut dyn lacuna_core::observer::Observer| {
+        session.truncate(0);
+        session.observe(tokens, observer)
     };
-    let (plan, _) = calibrate::plan(&steps, &layers, &model.hash, &statistics).unwrap();
-    let options = CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense() };
+    let (plan, _) = calibrate::calibrate(&steps, &subject, &mut forward, &[prompt.to_vec()], |_, _, _| {}).unwrap();
+    let options =
+        CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: false };
     let compiled = compile(&plan, &model, &options, &Pool::new(2), &|_, _| {}).unwrap();
     let options = Options { threads: 2, ..Options::default() };
     let dense = Engine::new(compiled.model, options).unwrap();
