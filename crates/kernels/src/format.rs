@@ -76,14 +76,16 @@ pub struct Matrix<'a> {
     format: Format,
     rows: usize,
     cols: usize,
+    /// Kept because kernels ask per row, and a division takes as long as reading a hundred bytes.
+    row_bytes: usize,
     data: &'a [u8],
 }
 
 impl<'a> Matrix<'a> {
     /// A view of `data`; `None` if the length is not exactly that of `rows` runs of `cols` numbers.
     pub fn new(format: Format, rows: usize, cols: usize, data: &'a [u8]) -> Option<Self> {
-        let bytes = format.run_bytes(cols)?.checked_mul(rows)?;
-        (bytes == data.len()).then_some(Self { format, rows, cols, data })
+        let row_bytes = format.run_bytes(cols)?;
+        (row_bytes.checked_mul(rows)? == data.len()).then_some(Self { format, rows, cols, row_bytes, data })
     }
 
     /// How the runs are stored.
@@ -103,7 +105,7 @@ impl<'a> Matrix<'a> {
 
     /// Bytes of one run.
     pub fn row_bytes(&self) -> usize {
-        self.data.len().checked_div(self.rows).unwrap_or(0)
+        self.row_bytes
     }
 
     /// All bytes.
@@ -116,7 +118,7 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// If `row` is not below [`Matrix::rows`].
     pub fn row(&self, row: usize) -> &'a [u8] {
-        let n = self.row_bytes();
-        &self.data[row * n..(row + 1) * n]
+        let n = self.row_bytes;
+        &self.data[row * n..][..n]
     }
 }

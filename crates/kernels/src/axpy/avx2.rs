@@ -1,8 +1,8 @@
 //! Channel sums with AVX2: four channels per pass, so that each output is loaded and stored once for four.
 
-use super::{Group, Live, scalar};
+use super::{Channels, scalar};
 use crate::Format;
-use crate::x86::{last_group, prefetch};
+use crate::x86::{Ahead, last_group};
 use std::arch::x86_64::*;
 
 /// Channels per pass.
@@ -10,30 +10,31 @@ const WIDE: usize = 4;
 
 /// Adds all channels to `y`. The CPU must have [`crate::Isa::Avx2`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add(format: Format, mut live: Live, y: &mut [f32]) {
+pub(super) fn add(channels: &Channels, y: &mut [f32]) {
     macro_rules! drive {
         ($add:ident) => {{
-            let mut next = Group::<WIDE>::take(&mut live);
-            while next.len > 0 {
-                let group = next;
-                next = Group::take(&mut live);
-                if group.len == WIDE {
-                    $add(group.rows, group.value, next.rows, y);
-                } else {
-                    for i in 0..group.len {
-                        $add([group.rows[i]], [group.value[i]], [group.rows[(i + 1).min(group.len - 1)]], y);
-                    }
-                }
+            let stretch = channels.len() / WIDE;
+            for i in channels.groups(stretch) {
+                let (group, next) = (channels.far::<WIDE>(i, stretch), channels.far::<WIDE>(i + 1, stretch));
+                $add(group.rows, group.value, next.rows, y);
+            }
+            for i in channels.rest(stretch * WIDE) {
+                let next = channels.row((i + 1).min(channels.len() - 1));
+                $add([channels.row(i)], [channels.value[i]], [next], y);
             }
         }};
     }
-    match format {
+    match channels.format {
         Format::F32 => drive!(add_f32),
         Format::F16 => drive!(add_f16),
         Format::Bf16 => drive!(add_bf16),
         Format::Q8_0 => drive!(add_q8_0),
         Format::Q4_0 => drive!(add_q4_0),
-        Format::Q4K | Format::Q6K => live.for_each(|(row, value)| add_decoded(format, row, value, y)),
+        Format::Q4K | Format::Q6K => {
+            for i in channels.groups(channels.len()) {
+                add_decoded(channels.format, channels.row(i), channels.value[i], y);
+            }
+        }
     }
 }
 
@@ -79,6 +80,7 @@ macro_rules! add_units {
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c")]
         fn $name<const C: usize>(rows: [&[u8]; C], value: [f32; C], next: [&[u8]; C], y: &mut [f32]) {
+            let ahead = Ahead::new(rows, next);
             let (units, rest) = y.as_chunks_mut::<32>();
             let whole = rows.map(|row| row.as_chunks::<$bytes>().0);
             macro_rules! unit {
@@ -96,11 +98,7 @@ macro_rules! add_units {
                 };
             }
             for (u, out) in units.iter_mut().enumerate() {
-                for next in next {
-                    for line in (0..$bytes).step_by(64) {
-                        prefetch(next.as_ptr().wrapping_add(u * $bytes + line));
-                    }
-                }
+                ahead.fetch(u * $bytes, $bytes);
                 unit!(whole.map(|w| &w[u]), out);
             }
             if !rest.is_empty() {

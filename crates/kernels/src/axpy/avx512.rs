@@ -1,8 +1,8 @@
 //! Channel sums with AVX-512: eight channels per pass, so that each output is loaded and stored once for eight.
 
-use super::{Group, Live, scalar};
+use super::{Channels, scalar};
 use crate::Format;
-use crate::x86::{last_group, prefetch};
+use crate::x86::{Ahead, last_group};
 use std::arch::x86_64::*;
 
 /// Channels per pass.
@@ -10,30 +10,31 @@ const WIDE: usize = 8;
 
 /// Adds all channels to `y`. The CPU must have [`crate::Isa::Avx512`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) fn add(format: Format, mut live: Live, y: &mut [f32]) {
+pub(super) fn add(channels: &Channels, y: &mut [f32]) {
     macro_rules! drive {
         ($add:ident) => {{
-            let mut next = Group::<WIDE>::take(&mut live);
-            while next.len > 0 {
-                let group = next;
-                next = Group::take(&mut live);
-                if group.len == WIDE {
-                    $add(group.rows, group.value, next.rows, y);
-                } else {
-                    for i in 0..group.len {
-                        $add([group.rows[i]], [group.value[i]], [group.rows[(i + 1).min(group.len - 1)]], y);
-                    }
-                }
+            let stretch = channels.len() / WIDE;
+            for i in channels.groups(stretch) {
+                let (group, next) = (channels.far::<WIDE>(i, stretch), channels.far::<WIDE>(i + 1, stretch));
+                $add(group.rows, group.value, next.rows, y);
+            }
+            for i in channels.rest(stretch * WIDE) {
+                let next = channels.row((i + 1).min(channels.len() - 1));
+                $add([channels.row(i)], [channels.value[i]], [next], y);
             }
         }};
     }
-    match format {
+    match channels.format {
         Format::F32 => drive!(add_f32),
         Format::F16 => drive!(add_f16),
         Format::Bf16 => drive!(add_bf16),
         Format::Q8_0 => drive!(add_q8_0),
         Format::Q4_0 => drive!(add_q4_0),
-        Format::Q4K | Format::Q6K => live.for_each(|(row, value)| add_decoded(format, row, value, y)),
+        Format::Q4K | Format::Q6K => {
+            for i in channels.groups(channels.len()) {
+                add_decoded(channels.format, channels.row(i), channels.value[i], y);
+            }
+        }
     }
 }
 
@@ -43,19 +44,16 @@ fn add_decoded(format: Format, row: &[u8], value: f32, y: &mut [f32]) {
     scalar::add_decoded(format, row, y, |w, y| value.mul_add(w, y));
 }
 
-/// Runs `$body` for every unit of `$cols` outputs with the `$bytes` bytes of each channel, and fetches the same bytes
-/// of the next channels. A partial last unit is computed in zero-padded copies.
+/// Runs `$body` for every unit of `$cols` outputs with the `$bytes` bytes of each channel, and fetches what comes soon.
+/// A partial last unit is computed in zero-padded copies.
 macro_rules! for_units {
     ($rows:ident, $next:ident, $y:ident, $bytes:literal, $cols:literal, |$w:ident, $out:ident| $body:block) => {{
+        let ahead = Ahead::new($rows, $next);
         let whole = $rows.map(|row| row.as_chunks::<$bytes>().0);
         let (units, rest) = $y.as_chunks_mut::<$cols>();
         for (u, $out) in units.iter_mut().enumerate() {
             let $w = whole.map(|w| &w[u]);
-            for next in $next {
-                for line in (0..$bytes).step_by(64) {
-                    prefetch(next.as_ptr().wrapping_add(u * $bytes + line));
-                }
-            }
+            ahead.fetch(u * $bytes, $bytes);
             $body
         }
         if !rest.is_empty() {
