@@ -269,6 +269,68 @@ fn thresholds_need_a_calibration_that_is_found_again() {
     );
 }
 
+/// A comparison of three plans on the embedded model over three short stories, with `more` flags.
+fn compare(dir: &std::path::Path, more: &[&str]) -> Output {
+    let text = dir.join("text.txt");
+    if !text.exists() {
+        fs::write(&text, include_str!("../src/verbs/demo.txt")).expect("written");
+    }
+    let text = text.to_str().expect("UTF-8");
+    let base =
+        ["compare", "-f", text, "--documents", "---", "--tokens", "60", "--task-items", "9", "-t", "1", "--no-probe"];
+    let plans = ["--sparse", "relu", "--sweep", "teal=0.3..0.6:2", "-n", "4", "-r", "2"];
+    command(&[&base[..], &plans, more].concat()).output().expect("the program starts")
+}
+
+#[test]
+fn plans_are_compared_in_every_form_and_known_points_are_kept() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let [html, json, csv, md] = ["r.html", "r.json", "r.csv", "r.md"].map(path);
+    let out = compare(dir.path(), &["-o", &html, "-o", &json, "-o", &csv, "-o", &md]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(stdout(&out).contains("| teal=0.6"), "{}", stdout(&out));
+    let read = |name: &str| fs::read_to_string(name).expect("a report");
+    let report: Value = serde_json::from_str(&read(&json)).expect("JSON");
+    let points = report["points"].as_array().expect("points");
+    let number = |p: &Value, path: &str| p.pointer(path).and_then(Value::as_f64).expect("a number");
+    let labels: Vec<_> = points.iter().map(|p| p["family"].as_str().expect("a name")).collect();
+    assert_eq!(labels, ["relu", "teal", "teal"]);
+    assert!(number(&points[0], "/quality/kld/value") < 1e-6, "relu leaves nothing out that counts");
+    assert!(report["task"].is_null() && report["notes"].to_string().contains("No task"), "{}", report["notes"]);
+    assert!(number(&points[2], "/quality/kld/value") > number(&points[1], "/quality/kld/value"));
+    let bytes = |p: &Value| number(p, "/cost/bytes_per_token");
+    assert!(bytes(&points[2]) < bytes(&points[1]) && bytes(&points[0]) < bytes(&report["dense"]));
+    assert_eq!(points[1].pointer("/speed/samples").and_then(Value::as_array).map(Vec::len), Some(2));
+    assert!(number(&points[1], "/cost/copies_bytes") > 0.0);
+    assert!(read(&html).starts_with("<!doctype html>") && read(&html).ends_with("</html>\n"));
+    assert_eq!((read(&csv).lines().count(), read(&md).contains("## Notes")), (5, true));
+    assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 5, "no partial file stays");
+
+    let marked = read(&json).replacen("\"kld_p99\": 0.0", "\"kld_p99\": 123.5", 1);
+    fs::write(&json, marked).expect("written");
+    assert!(compare(dir.path(), &["-o", &json]).status.success());
+    assert!(read(&json).contains("123.5"), "what a report holds is not measured again");
+    assert!(compare(dir.path(), &["-o", &json, "--fresh"]).status.success());
+    assert!(!read(&json).contains("123.5"));
+    let again = lacuna(&["compare", "--from", &json, "-o", &html]);
+    assert!(again.status.success() && stdout(&again).contains("teal=0.3"), "{}", stderr(&again));
+}
+
+#[test]
+fn comparisons_refuse_what_they_cannot_do() {
+    let dir = tempfile::tempdir().expect("a folder");
+    assert_error(&compare(dir.path(), &["-o", "report.pdf"]), &["report.pdf", ".html, .svg, .json, .csv or .md"]);
+    assert_error(&compare(dir.path(), &["--sweep", "teel=0.1..0.5"]), &["teel", "did you mean `teal`"]);
+    assert_error(&compare(dir.path(), &["--sweep", "teal=0.5..0.1"]), &["downwards"]);
+    assert_error(&compare(dir.path(), &["--plans", "no-such-plan.json"]), &["no-such-plan.json"]);
+    assert_error(&compare(dir.path(), &["--task", "no-such-task.jsonl"]), &["no-such-task.jsonl"]);
+    assert_error(&lacuna(&["compare", "-f", "x.txt"]), &["nothing to compare", "--sweep"]);
+    let damaged = dir.path().join("d.json");
+    fs::write(&damaged, "{\"version\": 1").expect("written");
+    assert_error(&lacuna(&["compare", "--from", damaged.to_str().expect("UTF-8")]), &["d.json", "not a report"]);
+}
+
 #[cfg(unix)]
 #[test]
 fn a_reader_that_leaves_is_no_error() {

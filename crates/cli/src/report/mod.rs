@@ -1,7 +1,12 @@
 //! A comparison as a reader meets it: a page, a table, rows, or the stored form. Every number comes from
 //! [`lacuna::compare::report::Report`]; nothing is measured here.
 
+mod axis;
+mod chart;
 mod csv;
+mod escape;
+mod heat;
+mod html;
 mod table;
 
 pub use table::terminal;
@@ -16,6 +21,10 @@ use std::path::Path;
 pub enum Form {
     /// What this program reads back.
     Json,
+    /// A page with charts, complete in itself.
+    Html,
+    /// The chart of quality against bytes.
+    Svg,
     /// One row per plan.
     Csv,
     /// Tables that paste into an issue.
@@ -29,10 +38,12 @@ impl Form {
     /// Another extension, or none.
     pub fn of(path: &Path) -> Result<Self> {
         Ok(match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
+            Some("html") => Self::Html,
+            Some("svg") => Self::Svg,
             Some("json") => Self::Json,
             Some("csv") => Self::Csv,
             Some("md") => Self::Markdown,
-            _ => bail!("{}: the extension decides the form: .json, .csv or .md", path.display()),
+            _ => bail!("{}: the extension decides the form: .html, .svg, .json, .csv or .md", path.display()),
         })
     }
 }
@@ -44,6 +55,8 @@ impl Form {
 pub fn write(report: &Report, form: Form, path: &Path) -> Result<()> {
     let text = match form {
         Form::Json => serde_json::to_string_pretty(report)? + "\n",
+        Form::Html => html::page(report),
+        Form::Svg => html::svg(report),
         Form::Csv => csv::rows(report),
         Form::Markdown => table::markdown(report),
     };

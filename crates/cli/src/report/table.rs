@@ -80,9 +80,11 @@ const COLUMNS: &[Column] = &[
     Column {
         head: "MB/token",
         less: Some(true),
-        cell: |_, p| (format!("{:.3}", p.cost.bytes_per_token / 1e6), Some(p.cost.bytes_per_token)),
+        cell: |r, p| {
+            let bytes = p.cost.bytes_per_token;
+            (format!("{:.3} ({})", bytes / 1e6, text::percent(r.density(p))), Some(bytes))
+        },
     },
-    Column { head: "of dense", less: None, cell: |r, p| (text::percent(r.density(p)), None) },
     Column {
         head: "t/s",
         less: Some(false),
@@ -261,7 +263,16 @@ pub fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let stream = m
         .stream_gb_per_s
         .map_or(String::new(), |[a, b]| format!(", streaming read {a:.1} GB/s before and {b:.1} after"));
-    list.push(("Machine", format!("{}, {} cores, {} threads, {}{stream}", m.cpu, m.cores, m.threads, m.isa)));
+    list.push((
+        "Machine",
+        format!(
+            "{}, {}, {} in use, {}{stream}",
+            m.cpu,
+            text::plural(m.cores, "core"),
+            text::plural(m.threads, "thread"),
+            m.isa
+        ),
+    ));
     list.push(("Made", format!("{} by lacuna {}, seed {}", report.date, report.program, report.seed)));
     list
 }

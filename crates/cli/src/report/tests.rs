@@ -117,7 +117,7 @@ fn csv_reads_back_the_same() {
 fn the_table_marks_the_best_plan_and_the_front() {
     let text = table::terminal(&sample());
     let row = |label: &str| text.lines().find(|l| l.starts_with(&format!("| {label}"))).unwrap().to_owned();
-    assert!(row("one=0.5").contains("**2.000**") && !row("one=0.25").contains("**3.000**"), "{text}");
+    assert!(row("one=0.5").contains("**2.000 (50.0 %)**") && !row("one=0.25").contains("**3.000"), "{text}");
     assert!(row("one=0.25").contains("**1.1250"), "{text}");
     assert!(!row("dense").contains("**"), "the dense model does not compete: {text}");
     assert!(row("two").split('|').nth(2).unwrap().trim().is_empty() && row("one=0.5").contains("yes"));
@@ -131,4 +131,62 @@ fn forms_come_from_extensions() {
     assert_eq!(Form::of(Path::new("a.b.JSON")).unwrap(), Form::Json);
     assert!(Form::of(Path::new("report.pdf")).unwrap_err().to_string().contains(".csv"));
     assert!(Form::of(Path::new("report")).is_err());
+}
+
+/// Names of the elements that are open at the end, after checking that every one is closed in its order.
+fn balanced(page: &str) {
+    let empty = ["meta", "link", "br", "path", "rect", "circle"];
+    let mut open: Vec<&str> = Vec::new();
+    for part in page.split('<').skip(1) {
+        let tag = part.split('>').next().unwrap();
+        let name = tag.trim_start_matches('/').split([' ', '\n', '/']).next().unwrap();
+        if let Some(closed) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(closed), "near <{}", &part[..part.len().min(80)]);
+        } else if !tag.ends_with('/') && !tag.starts_with('!') && !empty.contains(&name) {
+            open.push(name);
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
+}
+
+#[test]
+fn the_page_is_whole_and_escaped_and_asks_for_nothing() {
+    let page = html::page(&sample());
+    assert!(!page.contains("<script") && page.contains("&lt;script&gt;alert(&#39;x&#39;)"), "{page}");
+    for outside in ["http:", "https:", "//", "src=", "url(", "@import"] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    assert!(page.contains("prefers-color-scheme: dark") && page.contains("Content-Security-Policy"));
+    balanced(&page);
+    assert!(!page.contains("NaN") && !page.contains("inf "), "{page}");
+}
+
+#[test]
+fn charts_show_every_point_once_and_can_be_reached_by_keys() {
+    let page = html::page(&sample());
+    for chart in ["bytes", "time"] {
+        for i in 0..4 {
+            assert_eq!(page.matches(&format!("<g id=\"{chart}-{i}\"")).count(), 1);
+            assert_eq!(page.matches(&format!("<g id=\"{chart}-t{i}\"")).count(), 1);
+        }
+    }
+    assert_eq!(page.matches("class=\"dot").count(), page.matches("tabindex=\"0\" role=\"img\"").count());
+    assert_eq!(page.matches("class=\"heat\"").count(), 3);
+    let untimed = Report {
+        dense: Point { speed: None, ..sample().dense },
+        points: sample().points.into_iter().map(|p| Point { speed: None, ..p }).collect(),
+        ..sample()
+    };
+    let page = html::page(&untimed);
+    assert!(page.contains("id=\"bytes\"") && !page.contains("id=\"time\""));
+    balanced(&page);
+}
+
+#[test]
+fn the_chart_stands_alone() {
+    let svg = html::svg(&sample());
+    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
+    assert_eq!(svg.matches("http").count(), 1, "the name space and nothing else");
+    assert_eq!(svg.matches("<g id=\"bytes-").count(), 8);
+    balanced(&svg);
 }

@@ -86,7 +86,7 @@ fn machine(report: &Report) -> Vec<String> {
     }
     if let Some(load) = m.load.filter(|l| l.iter().any(|x| *x > m.threads as f64 + 0.5)) {
         list.push(format!(
-            "The machine was busy (load {:.1} to {:.1} on {} cores, {} threads ours): quote ratios, not speeds.",
+            "The machine was busy (load {:.1} to {:.1} on {} cores, ours {}): quote ratios, not speeds.",
             load[0], load[1], m.cores, m.threads
         ));
     }
