@@ -3,18 +3,20 @@
 use crate::{
     args::{Kv, LoadArgs, LoadMode},
     sparse, text,
+    verbs::doctor,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use lacuna::{
-    embedded,
+    cache, embedded,
     engine::{Engine, KvType, Options, Session},
     hub,
-    model::{Checkpoint, LoadOptions, MemoryEstimate},
+    model::{Checkpoint, Demand, LoadOptions, MemoryEstimate, spec::Spec},
     tokenizer::Tokenizer,
 };
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 /// Longest context that is taken without being asked for; `-c 0` takes the model's own.
@@ -74,18 +76,33 @@ impl Place {
 pub struct Ready {
     /// The engine, with its plan.
     pub engine: Engine,
-    /// The same model without a plan; shares all weights that need no other orientation.
-    pub dense: Engine,
+    /// The same model without a plan, where it was asked for; shares all weights that need no other orientation.
+    dense: Option<Engine>,
     /// The plan's name; `None` if everything is computed.
     pub plan: Option<String>,
     tokenizer: Result<Tokenizer>,
     context: usize,
+    need: MemoryEstimate,
 }
 
 impl Ready {
     /// The plan's name, `dense` without one.
     pub fn label(&self) -> &str {
         self.plan.as_deref().unwrap_or("dense")
+    }
+
+    /// The same model without a plan ([`Base::Kept`]); the only engine where there is no plan or it was not kept.
+    pub fn dense(&self) -> &Engine {
+        self.dense.as_ref().unwrap_or(&self.engine)
+    }
+
+    /// Tells the log the largest resident size so far beside the estimate.
+    pub fn log_memory(&self) {
+        let status = std::fs::read_to_string("/proc/self/status").ok();
+        if let Some(peak) = status.and_then(|s| doctor::memory_field(&s, "VmHWM")) {
+            let MemoryEstimate { weights, kv, scratch, program } = self.need;
+            tracing::info!(peak, estimate = self.need.total(), weights, kv, scratch, program, "memory");
+        }
     }
 
     /// The model's tokenizer.
@@ -105,25 +122,65 @@ impl Ready {
     }
 }
 
+/// Whether the dense engine stays beside one with a plan. Its weights that the plan has other copies of then stay too:
+/// resident in read mode, untouched in map mode.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Base {
+    /// It is run as well.
+    Kept,
+    /// Only the plan's engine is run.
+    Dropped,
+}
+
 /// Loads the model `name` for a context of `ctx` tokens.
 ///
 /// # Errors
 /// Everything between the name and the engine; a memory limit refuses before the weights are touched.
-pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs) -> Result<Ready> {
+pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> Result<Ready> {
+    let start = Instant::now();
     let place = Place::find(name)?;
     let checkpoint = place.open(&load_options(args, ctx))?;
-    let context = context(ctx, checkpoint.spec.context);
-    if let Some(limit) = args.memory {
-        refuse(&checkpoint.memory(context, kv_type(args.kv()?).bytes()), limit)?;
-    }
-    let tokenizer = tokenizer(&place, &checkpoint);
-    let dense = Engine::new(Arc::new(checkpoint.bind()?), options(args)?)?;
+    let context = context(ctx, &checkpoint.spec)?;
+    let mut need = checkpoint.memory(&demand(args, context)?);
+    within(&need, args.memory)?;
     let named = LoadArgs { model_name: name.map(str::to_owned), ..args.clone() };
-    let (engine, plan) = match sparse::apply(&named, &place, &dense)? {
-        Some(sparse) => (sparse.engine, Some(sparse.label)),
-        None => (dense.clone(), None),
+    let plan = sparse::plan(&named, &place, checkpoint.hash(), &checkpoint.spec)?;
+    let tokenizer = tokenizer(&place, &checkpoint);
+    let model = Arc::new(checkpoint.bind()?);
+    if let Some(plan) = &plan {
+        // Originals that were read stay until all copies are made, and those in the program stay; the pages of a map
+        // are given back.
+        let read = args.load_mode == LoadMode::Read && (base == Base::Kept || cache::root().is_none());
+        let stay = read || place == Place::Embedded;
+        let replaced = if stay { need.replaced(&model, plan) } else { 0 };
+        need = need.with_plan(&model, plan);
+        need.weights += replaced;
+        within(&need, args.memory)?;
+    }
+    let dense = Engine::new(model, options(args)?)?;
+    let (engine, dense, plan) = match plan {
+        Some(plan) => {
+            let sparse = sparse::with_plan(&plan, &dense)?;
+            (sparse.engine, Some(dense).filter(|_| base == Base::Kept), Some(sparse.label))
+        }
+        None => (dense, None, None),
     };
-    Ok(Ready { engine, dense, plan, tokenizer, context })
+    tracing::info!("ready in {:.3} s", start.elapsed().as_secs_f64());
+    Ok(Ready { engine, dense, plan, tokenizer, context, need })
+}
+
+fn within(need: &MemoryEstimate, limit: Option<u64>) -> Result<()> {
+    limit.map_or(Ok(()), |limit| refuse(need, limit))
+}
+
+/// What the flags will make of a model with a context of `context` tokens.
+///
+/// # Errors
+/// Flags that contradict each other.
+pub fn demand(args: &LoadArgs, context: usize) -> Result<Demand> {
+    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = args.threads.filter(|t| *t > 0).unwrap_or_else(cores);
+    Ok(Demand { context, kv: kv_type(args.kv()?), batch: args.batch, threads })
 }
 
 /// The tokenizer that belongs to a checkpoint, checked against its vocabulary.
@@ -169,15 +226,24 @@ pub fn kv_type(kv: Kv) -> KvType {
 }
 
 /// The context to use, given what was asked for and what the model was made for.
-pub fn context(asked: Option<usize>, own: usize) -> usize {
+///
+/// # Errors
+/// More than the model has positions for, where these are learned. Rotary positions go on behind what the model was
+/// trained with: that is a warning.
+pub fn context(asked: Option<usize>, spec: &Spec) -> Result<usize> {
+    let own = spec.context;
     match asked {
-        None => own.min(DEFAULT_CONTEXT),
-        Some(0) => own,
-        Some(n) if n > own => {
-            tracing::warn!("-c {n} is more than the {own} positions this model was made for; {own} are used");
-            own
+        None => Ok(own.min(DEFAULT_CONTEXT)),
+        Some(0) => Ok(own),
+        Some(n) if n > spec.most_positions() => {
+            bail!("-c {n}: this model has learned positions, and has them for {own} tokens; use at most -c {own}")
         }
-        Some(n) => n,
+        Some(n) => {
+            if n > own {
+                tracing::warn!("-c {n} is more than the {own} positions this model was trained with: expect worse text behind them");
+            }
+            Ok(n)
+        }
     }
 }
 
@@ -187,10 +253,11 @@ pub fn context(asked: Option<usize>, own: usize) -> usize {
 /// The parts of the estimate, the limit, and what to do.
 pub fn refuse(estimate: &MemoryEstimate, limit: u64) -> Result<()> {
     let parts = format!(
-        "weights {}, keys and values {}, work space {}",
+        "weights {}, keys and values {}, work space {}, program and tokenizer {}",
         text::bytes(estimate.weights),
         text::bytes(estimate.kv),
-        text::bytes(estimate.scratch)
+        text::bytes(estimate.scratch),
+        text::bytes(estimate.program)
     );
     let (need, most) = (text::bytes(estimate.total()), text::bytes(limit));
     estimate.within(limit).with_context(|| format!("--memory: needs {need} ({parts}), allowed are {most}"))
@@ -199,13 +266,22 @@ pub fn refuse(estimate: &MemoryEstimate, limit: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lacuna::model::spec::Position;
 
     #[test]
     fn contexts() {
-        assert_eq!(context(None, 512), 512);
-        assert_eq!(context(None, 131_072), 4096);
-        assert_eq!(context(Some(0), 131_072), 131_072);
-        assert_eq!(context(Some(9999), 512), 512);
-        assert_eq!(context(Some(100), 512), 100);
+        let spec = |context, position| {
+            let embedded = Checkpoint::embedded(&LoadOptions::default()).expect("the embedded model");
+            Spec { context, position, ..embedded.spec }
+        };
+        let rotary = |asked, own| context(asked, &spec(own, Position::Rotary)).expect("rotary positions go on");
+        assert_eq!(rotary(None, 512), 512);
+        assert_eq!(rotary(None, 131_072), 4096);
+        assert_eq!(rotary(Some(0), 131_072), 131_072);
+        assert_eq!(rotary(Some(9999), 512), 9999);
+        assert_eq!(rotary(Some(100), 512), 100);
+        let learned = spec(512, Position::Learned { offset: 2 });
+        assert_eq!(context(Some(512), &learned).expect("all of its positions"), 512);
+        assert!(context(Some(513), &learned).expect_err("one too many").to_string().contains("at most -c 512"));
     }
 }

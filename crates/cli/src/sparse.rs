@@ -9,9 +9,11 @@ use lacuna::{
         Engine, Options,
         compile::{CompileOptions, compile},
     },
+    model::Model,
 };
 use lacuna_core::{plan::Plan, statistics::Statistics};
 use lacuna_methods::registry;
+use std::sync::Arc;
 
 /// An engine with a plan, and the plan's name.
 pub struct Sparse {
@@ -21,18 +23,24 @@ pub struct Sparse {
     pub label: String,
 }
 
-/// What `args` ask for on the model of `dense`; `None` if nothing.
+/// The plan that `args` ask for on `model`; `None` if nothing.
 ///
 /// # Errors
 /// Unknown methods, a plan for another model, a method that needs a calibration that was never made.
+pub fn plan(args: &LoadArgs, place: &Place, model: &Arc<Model>) -> Result<Option<Plan>> {
+    Ok(match (&args.plan, &args.sparse) {
+        (Some(path), _) => Some(Plan::load(path, &model.hash, model.blocks.len())?),
+        (None, Some(spec)) => Some(plan_of(spec, args, place, model)?),
+        (None, None) => None,
+    })
+}
+
+/// The engine that [`plan`] makes of `dense`; `None` without a plan.
+///
+/// # Errors
+/// As [`plan`] and [`with_plan`].
 pub fn apply(args: &LoadArgs, place: &Place, dense: &Engine) -> Result<Option<Sparse>> {
-    let model = dense.model();
-    let plan = match (&args.plan, &args.sparse) {
-        (Some(path), _) => Plan::load(path, &model.hash, model.blocks.len())?,
-        (None, Some(spec)) => plan_of(spec, args, place, dense)?,
-        (None, None) => return Ok(None),
-    };
-    with_plan(&plan, dense).map(Some)
+    plan(args, place, dense.model())?.map(|plan| with_plan(&plan, dense)).transpose()
 }
 
 /// The engine that follows `plan`, with the threads and cache type of `dense`.
@@ -55,8 +63,7 @@ pub fn with_plan(plan: &Plan, dense: &Engine) -> Result<Sparse> {
 }
 
 /// The plan of a short form: stored beside the model, or made at once where no method needs a calibration.
-fn plan_of(spec: &str, args: &LoadArgs, place: &Place, dense: &Engine) -> Result<Plan> {
-    let model = dense.model();
+fn plan_of(spec: &str, args: &LoadArgs, place: &Place, model: &Arc<Model>) -> Result<Plan> {
     let steps = registry::parse(spec)?;
     let label = calibrate::label(&steps);
     if let Some((plan, path)) = store::find(place.path(), &label, &model.hash, model.blocks.len())? {

@@ -1,8 +1,9 @@
 //! Chat templates: a model's own Jinja program turns a conversation into the text it was trained on.
 //!
 //! Templates come with the weights, so they are untrusted: they run without access to anything outside, with a budget
-//! of instructions and caps on their own size and on what they write. (An expression inside the budget can still double
-//! a string; what it may hold in memory is not capped.)
+//! of instructions and caps on their own size, on what one repetition or range makes (minijinja: 100 MB and 100,000
+//! numbers) and on what they write. What is not capped here is how often a template doubles a string inside its budget;
+//! a program that renders templates of strangers limits its own memory meanwhile, as `lacuna chat` does.
 
 use crate::{
     error::{Error, Result},
@@ -146,7 +147,7 @@ impl io::Write for Capped {
 fn environment() -> Environment<'static> {
     let mut env = Environment::new();
     env.set_fuel(Some(FUEL));
-    env.set_recursion_limit(100);
+    env.set_recursion_limit(64);
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_undefined_behavior(UndefinedBehavior::Lenient);
@@ -312,6 +313,10 @@ mod tests {
             ("{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}", "instructions"),
             ("{{ 'a' * 90000000 }}", "writes more than"),
             ("{{ 'a' * 9000000000 }}", "too large"),
+            ("{{ 'a' * 10 ** 9 }}", "too large"),
+            ("{{ ('a' * 90000000) * 90000000 }}", "too large"),
+            ("{{ range(10 ** 9) | list | length }}", "range"),
+            ("{% for a in 'a' * 90000000 %}{% endfor %}", "instructions"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
             ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
             ("{% include 'other' %}", "other"),

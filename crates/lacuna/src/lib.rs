@@ -9,6 +9,7 @@ pub mod embedded;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod fuzz;
 pub mod hub;
 pub mod model;
 pub mod reference;

@@ -1,6 +1,7 @@
 //! Models that are damaged, hostile or not ours: each is an error that names file, tensor or key, and none a panic.
 
-use lacuna::model::{Checkpoint, LoadOptions, Model, load};
+use lacuna::engine::KvType;
+use lacuna::model::{Checkpoint, Demand, LoadOptions, Model, load};
 use lacuna_core::map::LoadMode;
 use serde_json::{Value, json};
 use std::fs;
@@ -153,13 +154,14 @@ fn missing_shards_and_strange_paths_are_named() {
 #[test]
 fn memory_is_known_before_loading() {
     let checkpoint = Checkpoint::open(&fixture("llama3").join("model.gguf"), &LoadOptions::default()).unwrap();
-    let memory = checkpoint.memory(64, 2);
-    // 2 blocks, keys and values, 3 heads of 12, 64 positions, 2 bytes.
-    assert_eq!(memory.kv, 2 * 2 * 3 * 12 * 64 * 2);
+    let demand = Demand { context: 64, kv: KvType::F16, batch: 512, threads: 1 };
+    let memory = checkpoint.memory(&demand);
+    // 2 blocks, 64 positions, 3 heads of 12 for keys and of 16 for values (padded), 2 bytes.
+    assert_eq!(memory.kv, 2 * 64 * 3 * (12 + 16) * 2);
     assert!(memory.weights > 70_000 && memory.weights < 110_000, "{memory:?}");
     assert!(memory.within(memory.total()).is_ok());
     let refusal = memory.within(memory.total() - 1).unwrap_err().to_string();
-    assert!(refusal.contains("keys and values 18432"), "{refusal}");
+    assert!(refusal.contains("keys and values 21504"), "{refusal}");
 }
 
 /// Mapped matrices are parts of the file: binding copies nothing but norms and biases.

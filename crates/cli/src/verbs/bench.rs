@@ -177,9 +177,7 @@ fn bench_model(args: &Args, name: Option<&str>, tests: &[Test], rows: &mut Vec<R
     let checkpoint = place.open(&open::load_options(&load_args(args, None, None), None))?;
     let facts = Facts::of(&place, &checkpoint);
     let most = tests.iter().map(|t| t.depth + t.tokens()).max().unwrap_or(0);
-    if most > checkpoint.spec.context {
-        bail!("{}: a test needs {most} positions, the model was made for {}", facts.file, checkpoint.spec.context);
-    }
+    open::context(Some(most), &checkpoint.spec)?;
     let model = Arc::new(checkpoint.bind()?);
     let threads = if args.threads.is_empty() { vec![None] } else { args.threads.iter().copied().map(Some).collect() };
     let plans = if args.sparse.is_empty() { vec!["dense".to_owned()] } else { args.sparse.clone() };
@@ -214,11 +212,11 @@ struct Facts {
 impl Facts {
     fn of(place: &Place, checkpoint: &lacuna::model::Checkpoint) -> Self {
         let tensors = checkpoint.source.tensors.values();
-        let size = tensors.clone().map(|t| t.bytes.len() as u64).sum();
+        let size = tensors.clone().map(|t| t.loaded_bytes()).sum();
         let params = tensors.clone().map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>()).sum();
         let mut by_format = BTreeMap::new();
         for t in tensors {
-            *by_format.entry(t.format.name()).or_insert(0) += t.bytes.len();
+            *by_format.entry(t.format.name()).or_insert(0) += t.loaded_bytes();
         }
         let format = by_format.into_iter().max_by_key(|(_, n)| *n).map_or("-", |(f, _)| f);
         let file = place.path().map_or_else(|| place.label(), |p| p.display().to_string());

@@ -44,7 +44,7 @@ pub fn run(mut args: Args) -> Result<Outcome> {
     let steps = registry::parse(&spec)?;
     let name = args.model.as_deref().or(args.place.as_deref());
     let place = open::Place::find(name)?;
-    let ready = open::ready(name, Some(0), &args.load)?;
+    let ready = open::ready(name, None, &args.load)?;
     let model = ready.dense.model().clone();
     let subject = Subject::new(&model);
     let needed = calibrate::tokens_wanted(&steps, &subject);

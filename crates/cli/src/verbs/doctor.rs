@@ -5,7 +5,10 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use lacuna::{
     cache,
-    engine::break_even::{self, BreakEven},
+    engine::{
+        break_even::{self, BreakEven},
+        layouts,
+    },
 };
 use lacuna_kernels::{
     Format, Pool,
@@ -33,6 +36,9 @@ pub struct Args {
     /// Measure the break-even shares again, even if they are stored.
     #[arg(long, conflicts_with = "no_probe")]
     remeasure: bool,
+    /// Read every converted layout of the cache in full, and remove those that are damaged; nothing else is done.
+    #[arg(long, conflicts_with_all = ["no_probe", "remeasure", "json"])]
+    check_cache: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -40,6 +46,9 @@ pub struct Args {
 
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
+    if args.check_cache {
+        return check_cache();
+    }
     let mut facts = facts();
     facts["probes"] = json!([]);
     if !args.no_probe {
@@ -83,6 +92,21 @@ pub fn run(args: Args) -> Result<Outcome> {
     }
     write!(out, "\n{table}")?;
     Ok(Outcome::Good)
+}
+
+/// Negative if a layout was damaged.
+fn check_cache() -> Result<Outcome> {
+    let mut out = stdout().lock();
+    let Some(root) = cache::root() else {
+        writeln!(out, "there is no cache (LACUNA_CACHE is empty, or no home folder is known)")?;
+        return Ok(Outcome::Good);
+    };
+    let (good, wrong) = layouts::check_all(&root)?;
+    for e in &wrong {
+        writeln!(out, "removed: {e}")?;
+    }
+    writeln!(out, "{}: {good} converted layouts are as they were written, {} were not", root.display(), wrong.len())?;
+    Ok(if wrong.is_empty() { Outcome::Good } else { Outcome::Negative })
 }
 
 /// Rates with one thread and with all.

@@ -4,7 +4,7 @@ use crate::{Outcome, open::Place, table::Table, text};
 use anyhow::{Context, Result};
 use lacuna::{
     engine::KvType,
-    model::{LoadOptions, MemoryEstimate},
+    model::{Demand, LoadOptions, MemoryEstimate},
 };
 use lacuna_core::{
     bytes::Bytes,
@@ -71,6 +71,7 @@ struct Memory {
     weights: u64,
     kv_f16: u64,
     scratch: u64,
+    program: u64,
     total: u64,
 }
 
@@ -102,9 +103,11 @@ fn report(path: &Path, zeros: bool) -> Result<Report> {
     let mut memory = Vec::new();
     if let Ok(checkpoint) = &opened {
         let own = checkpoint.spec.context;
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         for context in [512, 4096, 32_768, own].into_iter().filter(|c| *c <= own) {
-            let MemoryEstimate { weights, kv, scratch } = checkpoint.memory(context, KvType::F16.bytes());
-            memory.push(Memory { context, weights, kv_f16: kv, scratch, total: weights + kv + scratch });
+            let need = checkpoint.memory(&Demand { context, kv: KvType::F16, batch: 512, threads });
+            let MemoryEstimate { weights, kv, scratch, program } = need;
+            memory.push(Memory { context, weights, kv_f16: kv, scratch, program, total: need.total() });
         }
         memory.dedup_by_key(|m| m.context);
     }
@@ -228,9 +231,9 @@ fn show(out: &mut impl Write, r: &Report) -> Result<()> {
         table.row([name.clone(), text::bytes(*bytes)]);
     }
     writeln!(out, "{table}")?;
-    let mut table = Table::new(&["context:", "weights:", "KV (f16):", "work space:", "memory:"]);
+    let mut table = Table::new(&["context:", "weights:", "KV (f16):", "work space:", "program:", "memory:"]);
     for m in &r.memory {
-        let sizes = [m.weights, m.kv_f16, m.scratch, m.total].map(text::bytes);
+        let sizes = [m.weights, m.kv_f16, m.scratch, m.program, m.total].map(text::bytes);
         table.row([m.context.to_string()].into_iter().chain(sizes));
     }
     write!(out, "{table}")?;

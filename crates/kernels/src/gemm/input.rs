@@ -85,6 +85,15 @@ impl Input {
         });
     }
 
+    /// Bytes that [`Input::prepare`] needs for `m` rows of `k` activations; `None` if they overflow.
+    pub fn bytes(m: usize, k: usize, formats: &[Format]) -> Option<usize> {
+        let has = Kinds::of(isa::get(), formats);
+        let each = |wanted: bool, bytes: usize| if wanted { bytes } else { 0 };
+        let n = m.checked_next_multiple_of(LANES)?.checked_mul(k.checked_next_multiple_of(STEP)?)?;
+        let int8 = n.checked_add(n / GROUP * 4)?.checked_add(n / SUM_GROUP * 4)?;
+        n.checked_mul(each(has.f32, 4) + each(has.bf16, 2))?.checked_add(each(has.int8, int8))
+    }
+
     /// Rows of activations.
     pub fn rows(&self) -> usize {
         self.m

@@ -2,15 +2,20 @@
 //! is resident (nothing touches the pages of the original any more).
 //!
 //! `<cache>/layouts/<model hash>/<layer>.<projection>.<format>`: one page of JSON header, then the runs. Files appear by
-//! rename, so a kill in mid-write leaves at most a temporary file. The header's checksum covers shape and 16 spread
-//! pieces of the data ([`model_hash`]); a file that fails it is made again.
+//! rename, so a kill in mid-write leaves at most a temporary file.
+//!
+//! A start must not read gigabytes to trust them, so there are two checks. The header holds a SHA-256 of all data, and
+//! the time of the last change that the file was given when it was written. Where the file still has that time, nobody
+//! has written to it since, and a sample (shape and 16 spread pieces, [`model_hash`]) is enough; otherwise (a copied or
+//! changed file) all of it is read once, and the time set again if it is right. What the system damages without a write
+//! is found by [`check_all`] (`lacuna doctor --check-cache`). A file that fails a check is made again.
 
 use super::transpose::{input_major, input_major_format};
 use lacuna_core::{
     atomic::write_atomically,
     bytes::Bytes,
     error::{Error, Result},
-    hash::{HashedTensor, model_hash},
+    hash::{HashedTensor, model_hash, sha256},
     map::{LoadMode, open},
     site::Proj,
     weight::{Orientation, Weight},
@@ -18,16 +23,18 @@ use lacuna_core::{
 use lacuna_kernels::Pool;
 use serde::{Deserialize, Serialize};
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// Version of the stored form.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Bytes before the data; a page, so that mapped runs are aligned.
 const HEADER: usize = 4096;
@@ -56,22 +63,47 @@ struct Header {
     format: String,
     outputs: usize,
     inputs: usize,
+    /// [`model_hash`] of shape and samples.
     checksum: String,
+    /// Of all data.
+    #[serde(default)]
+    sha256: String,
+    /// Seconds since 1970 that the file has as the time of its last change.
+    #[serde(default)]
+    written: u64,
 }
 
 impl Header {
-    fn of(w: &Weight) -> Self {
-        let shape = [w.inputs() as u64, w.outputs() as u64];
-        let tensor = HashedTensor { name: "input-major", kind: w.format().name(), shape: &shape, data: w.bytes() };
+    fn new(w: &Weight) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         Self {
             version: VERSION,
             orientation: "input-major".into(),
             format: w.format().name().into(),
             outputs: w.outputs(),
             inputs: w.inputs(),
-            checksum: model_hash(&VERSION.to_le_bytes(), vec![tensor]),
+            checksum: sample(w),
+            sha256: sha256(w.bytes()),
+            // Even seconds: some file systems store no others.
+            written: now / 2 * 2,
         }
     }
+
+    fn time(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.written)
+    }
+
+    /// Whether it describes `w` (without looking at all data).
+    fn is_of(&self, w: &Weight) -> bool {
+        let shape = (self.outputs, self.inputs) == (w.outputs(), w.inputs()) && self.format == w.format().name();
+        self.version == VERSION && self.orientation == "input-major" && shape && self.checksum == sample(w)
+    }
+}
+
+fn sample(w: &Weight) -> String {
+    let shape = [w.inputs() as u64, w.outputs() as u64];
+    let tensor = HashedTensor { name: "input-major", kind: w.format().name(), shape: &shape, data: w.bytes() };
+    model_hash(&VERSION.to_le_bytes(), vec![tensor])
 }
 
 impl LayoutCache {
@@ -102,7 +134,11 @@ impl LayoutCache {
     }
 
     fn one(&self, wanted: &Wanted<'_>) -> Weight {
-        let Some(folder) = &self.folder else { return input_major(wanted.weight) };
+        let Some(folder) = &self.folder else {
+            let copy = input_major(wanted.weight);
+            wanted.weight.bytes().release();
+            return copy;
+        };
         let (format, _) = input_major_format(wanted.weight.format(), wanted.weight.outputs());
         let path = folder.join(format!("{}.{}.{}", wanted.layer, wanted.proj, format.name()));
         match read(&path, wanted.weight) {
@@ -111,6 +147,8 @@ impl LayoutCache {
             Err(e) => tracing::warn!("converted layout is made again: {e}"),
         }
         let copy = input_major(wanted.weight);
+        // From here on only the copy is read.
+        wanted.weight.bytes().release();
         match write(&path, &copy).and_then(|()| read(&path, wanted.weight)) {
             Ok(mapped) => mapped,
             Err(e) => {
@@ -125,29 +163,90 @@ fn write(path: &Path, weight: &Weight) -> Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
     }
-    let bytes = weight.bytes();
+    let (bytes, header) = (weight.bytes(), Header::new(weight));
     write_atomically(path, Some((HEADER + bytes.len()) as u64), |out| {
-        let mut header = serde_json::to_vec(&Header::of(weight))?;
-        header.resize(HEADER, b'\n');
-        out.write_all(&header)?;
+        let mut json = serde_json::to_vec(&header)?;
+        json.resize(HEADER, b'\n');
+        out.write_all(&json)?;
         out.write_all(bytes)
-    })
+    })?;
+    stamp(path, &header)
+}
+
+/// Gives the file the time that its header promises. A kill before this costs one full check at the next start.
+fn stamp(path: &Path, header: &Header) -> Result<()> {
+    let file = File::options().append(true).open(path).map_err(Error::io(path, "open"))?;
+    file.set_modified(header.time()).map_err(Error::io(path, "set the time of"))
+}
+
+/// The parts of a stored file.
+struct Stored {
+    header: Header,
+    data: Bytes,
+}
+
+fn open_stored(path: &Path) -> Result<Stored> {
+    let file = open(path, LoadMode::Map)?;
+    let head = file.get(..HEADER).ok_or_else(|| bad(path, "a file shorter than its header"))?;
+    let header = serde_json::from_slice(head).map_err(|e| bad(path, &e.to_string()))?;
+    let data = file.slice(HEADER..file.len()).ok_or_else(|| bad(path, "no data"))?;
+    Ok(Stored { header, data })
+}
+
+fn bad(path: &Path, found: &str) -> Error {
+    Error::malformed(found, "a converted layout of this matrix").in_file(path)
 }
 
 /// Maps a stored copy of `original`, or says what is wrong with it.
 fn read(path: &Path, original: &Weight) -> Result<Weight> {
-    let bad = |found: &str| Error::malformed(found, "a converted layout of this matrix").in_file(path);
-    let file = open(path, LoadMode::Map)?;
-    let head = file.get(..HEADER).ok_or_else(|| bad("a file shorter than its header"))?;
-    let header: Header = serde_json::from_slice(head).map_err(|e| bad(&e.to_string()))?;
-    let data: Bytes = file.slice(HEADER..file.len()).ok_or_else(|| bad("no data"))?;
+    let Stored { header, data } = open_stored(path)?;
     let (format, _) = input_major_format(original.format(), original.outputs());
     let weight = Weight::new(format, Orientation::InputMajor, original.outputs(), original.inputs(), data)
-        .ok_or_else(|| bad("data of another length"))?;
-    if header != Header::of(&weight) {
-        return Err(bad("another version, shape, format or checksum"));
+        .ok_or_else(|| bad(path, "data of another length"))?;
+    if !header.is_of(&weight) {
+        return Err(bad(path, "another version, shape, format or checksum"));
+    }
+    let changed = fs::metadata(path).and_then(|m| m.modified()).map_err(Error::io(path, "examine"))?;
+    if changed != header.time() {
+        if sha256(weight.bytes()) != header.sha256 {
+            return Err(bad(path, "data that changed since it was written"));
+        }
+        // A cache that cannot be written is checked in full each time.
+        if let Err(e) = stamp(path, &header) {
+            tracing::debug!("{e}");
+        }
     }
     Ok(weight)
+}
+
+/// Reads every converted layout below the cache `root` in full and removes those whose data is not what was written
+/// (they are made again when they are needed). Returns how many are good, and what was wrong with the others.
+///
+/// # Errors
+/// A folder that cannot be listed, or a file that cannot be removed.
+pub fn check_all(root: &Path) -> Result<(usize, Vec<Error>)> {
+    let (mut good, mut wrong) = (0, Vec::new());
+    let list = |folder: &Path| match fs::read_dir(folder) {
+        Ok(entries) => entries.map(|e| Ok(e?.path())).collect::<io::Result<Vec<_>>>(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e),
+    };
+    let layouts = root.join("layouts");
+    for model in list(&layouts).map_err(Error::io(&layouts, "list"))?.into_iter().filter(|p| p.is_dir()) {
+        // Names that begin with a dot are files that someone is writing.
+        let hidden = |p: &PathBuf| p.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+        for path in list(&model).map_err(Error::io(&model, "list"))?.into_iter().filter(|p| !hidden(p)) {
+            let damaged = |s: Stored| sha256(&s.data) != s.header.sha256 || s.header.version != VERSION;
+            match open_stored(&path).map(damaged) {
+                Ok(false) => good += 1,
+                found => {
+                    fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+                    wrong.push(found.err().unwrap_or_else(|| bad(&path, "data that changed since it was written")));
+                }
+            }
+        }
+    }
+    Ok((good, wrong))
 }
 
 #[cfg(test)]
@@ -183,8 +282,52 @@ mod tests {
         }] {
             fs::write(&path, damage).unwrap();
             assert_eq!(**get(Some(dir.path()), &w).bytes(), **want.bytes());
-            assert_eq!(fs::read(&path).unwrap(), stored, "written again");
+            assert_eq!(data(&path), data_of(&stored), "written again");
         }
+    }
+
+    fn data(path: &Path) -> Vec<u8> {
+        data_of(&fs::read(path).unwrap())
+    }
+
+    fn data_of(file: &[u8]) -> Vec<u8> {
+        file[HEADER..].to_vec()
+    }
+
+    /// A matrix too large for the sample to cover, with one byte changed between the pieces.
+    #[test]
+    fn a_change_that_the_sample_misses_is_found_by_the_time_or_the_full_check() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..512 * 512 * 2).map(|i: usize| (i * 31 % 241) as u8).collect();
+        let w = Weight::new(Format::F16, Orientation::OutputMajor, 512, 512, bytes.into()).unwrap();
+        let want = get(Some(dir.path()), &w).bytes().to_vec();
+        let path = dir.path().join("layouts/abc/3.mlp.down.F16");
+        let time = fs::metadata(&path).unwrap().modified().unwrap();
+        let damage = || {
+            let mut file = fs::read(&path).unwrap();
+            file[HEADER + 6000] ^= 1;
+            fs::write(&path, file).unwrap();
+        };
+        damage();
+        assert_ne!(data(&path), want);
+        assert_eq!(**get(Some(dir.path()), &w).bytes(), *want, "another time: read in full, and made again");
+        // The same damage under the old time is what a failing disk does.
+        let time_now = fs::metadata(&path).unwrap().modified().unwrap();
+        damage();
+        File::options().append(true).open(&path).unwrap().set_modified(time_now.max(time)).unwrap();
+        assert_ne!(**get(Some(dir.path()), &w).bytes(), *want, "the sample does not see it");
+        let (good, wrong) = check_all(dir.path()).unwrap();
+        assert_eq!((good, wrong.len()), (0, 1));
+        assert!(wrong[0].to_string().contains("3.mlp.down.F16"), "{}", wrong[0]);
+        assert_eq!(**get(Some(dir.path()), &w).bytes(), *want);
+        // A copy has another time and the right data: it is read in full once and keeps its header.
+        File::options().append(true).open(&path).unwrap().set_modified(UNIX_EPOCH).unwrap();
+        let before = fs::read(&path).unwrap();
+        assert_eq!(**get(Some(dir.path()), &w).bytes(), *want);
+        assert_eq!(fs::read(&path).unwrap(), before);
+        assert_ne!(fs::metadata(&path).unwrap().modified().unwrap(), UNIX_EPOCH, "the time is set again");
+        assert_eq!(check_all(dir.path()).unwrap().0, 1);
+        assert_eq!(check_all(&dir.path().join("nowhere")).unwrap().0, 0);
     }
 
     #[test]

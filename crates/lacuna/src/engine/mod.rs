@@ -98,15 +98,15 @@ impl Engine {
     }
 
     /// A conversation of at most `context` tokens, 0: as many as the model was made for. Pages of keys and values are
-    /// made as it grows.
+    /// made as it grows. Rotary models go on behind what they were trained with, at a loss of quality.
     ///
     /// # Errors
-    /// A context longer than the model's.
+    /// A context longer than the table of a model with learned positions.
     pub fn session(&self, context: usize) -> Result<Session> {
-        let most = self.shared.model.spec.context;
-        let context = if context == 0 { most } else { context };
-        if context > most {
-            let problem = format!("{context} is more than the {most} positions this model was made for");
+        let spec = &self.shared.model.spec;
+        let context = if context == 0 { spec.context } else { context };
+        if context > spec.most_positions() {
+            let problem = format!("{context} is more than the {} positions this model has learned", spec.context);
             return Err(Error::Argument { name: "context", problem });
         }
         Ok(Session::new(self.shared.clone(), context))

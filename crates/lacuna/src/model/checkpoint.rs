@@ -3,7 +3,7 @@
 use super::arch::{self};
 use super::bind::bind;
 use super::fields::Fields;
-use super::memory::MemoryEstimate;
+use super::memory::{Demand, MemoryEstimate, tokenizer};
 use super::names::Names;
 use super::source::{Source, Stored};
 use super::spec::Spec;
@@ -29,7 +29,7 @@ pub struct LoadOptions {
     pub context: Option<usize>,
 }
 
-/// A model whose files are open, parsed and understood: what `inspect` shows, and what memory estimates are made from.
+/// A model whose headers are read and understood, and whose weights are not touched yet: what `inspect` shows, and what memory estimates are made from.
 #[derive(Debug)]
 pub struct Checkpoint {
     /// What the model computes.
@@ -39,6 +39,10 @@ pub struct Checkpoint {
     pub(super) names: &'static Names,
     pub(super) tied: Option<bool>,
     pub(super) hash: String,
+    pub(super) mode: LoadMode,
+    pub(super) check: bool,
+    /// Bytes that the tokenizer beside the weights takes, about.
+    pub(super) tokenizer: u64,
 }
 
 impl Checkpoint {
@@ -59,7 +63,7 @@ impl Checkpoint {
             };
             return Err(Error::NoModel { file: path.into(), problem: problem.into() });
         };
-        checkpoint.checked(options)
+        checkpoint.checked()
     }
 
     /// Opens the model inside the library.
@@ -73,28 +77,34 @@ impl Checkpoint {
         };
         let weights = safetensors::Tensors::parse(part("model.safetensors")?)?;
         let files = safetensors::Model::from_files(vec![weights])?;
-        understand(Path::new(embedded::NAME), &part("config.json")?, options, || Ok(files))?.checked(options)
+        understand(Path::new(embedded::NAME), &part("config.json")?, options, || Ok(files))?.checked()
     }
 
-    fn checked(self, options: &LoadOptions) -> Result<Self> {
+    fn checked(self) -> Result<Self> {
         validate(&self.source.file, &self.spec)?;
-        if options.check_tensors {
-            self.source.check_finite()?;
-        }
         Ok(self)
     }
 
-    /// Memory for a context of `context` positions with `kv_bytes` bytes per cached number.
-    pub fn memory(&self, context: usize, kv_bytes: usize) -> MemoryEstimate {
-        let weights = self.source.tensors.values().map(|t| t.bytes.len() as u64).sum();
-        MemoryEstimate::new(&self.spec, weights, context, kv_bytes)
+    /// Memory that the model takes when it is used as `demand` says.
+    pub fn memory(&self, demand: &Demand) -> MemoryEstimate {
+        MemoryEstimate::new(self, demand)
     }
 
-    /// Puts every tensor in its place.
+    /// Hex hash that binds plans and converted layouts to these weights.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// Loads the weights (reads or converts what must be), looks for NaN if that was asked for, and puts every tensor
+    /// in its place.
     ///
     /// # Errors
-    /// Missing tensors, or shapes that do not fit the spec.
-    pub fn bind(self) -> Result<Model> {
+    /// Missing tensors, shapes that do not fit the spec, files that cannot be read, numbers that are none.
+    pub fn bind(mut self) -> Result<Model> {
+        self.source.load(self.mode)?;
+        if self.check {
+            self.source.check_finite()?;
+        }
         bind(&self.source, self.names, self.spec, self.tied, self.hash)
     }
 }
@@ -113,7 +123,7 @@ fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
         return Err(Error::NoModel { file: dir.into(), problem: "the directory has no config.json".into() });
     }
     let json = map::read_small(&file, cap::CONFIG)?;
-    understand(dir, &json, options, || Ok(safetensors::Model::open(dir, options.mode)?))
+    understand(dir, &json, options, || Ok(safetensors::Model::open(dir, LoadMode::Map)?))
 }
 
 /// A directory's configuration `json` and its files, which are opened once the configuration is understood.
@@ -139,7 +149,8 @@ fn understand(
         let said = fields.get("tie_word_embeddings").is_some();
         said.then_some(false)
     });
-    Ok(Checkpoint { spec, source, names: arch.names, tied, hash })
+    let (mode, check, tokenizer) = (options.mode, options.check_tensors, tokenizer(false, spec.vocab));
+    Ok(Checkpoint { spec, source, names: arch.names, tied, hash, mode, check, tokenizer })
 }
 
 fn source_of(dir: &Path, files: &safetensors::Model) -> Source {
@@ -149,7 +160,7 @@ fn source_of(dir: &Path, files: &safetensors::Model) -> Source {
         match entry.dtype.format() {
             Some(format) => {
                 let shape = entry.shape.iter().map(|n| *n as usize).collect();
-                source.tensors.insert(name.into(), Stored { format, shape, bytes });
+                source.tensors.insert(name.into(), Stored::new(format, shape, bytes));
             }
             None => {
                 source.unusable.insert(name.into(), entry.dtype.name());

@@ -1,12 +1,14 @@
 //! The GGUF side of opening a model: metadata become settings, tensors become stored tensors, types without a kernel are
-//! converted.
+//! converted when the weights are loaded.
 
 use super::arch;
 use super::checkpoint::{Checkpoint, LoadOptions};
 use super::fields::Fields;
+use super::memory::tokenizer;
 use super::source::{Source, Stored};
 use crate::error::Result;
-use lacuna_core::format::gguf::{Gguf, TensorInfo, Value, convert_tensor, decode_run};
+use lacuna_core::format::gguf::{Gguf, TensorInfo, Value, decode_run, nearest};
+use lacuna_core::map::LoadMode;
 use serde_json::{Map, Value as Json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,14 +21,18 @@ const ROPE_TENSORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight
 const EMBEDDING: &str = "token_embd.weight";
 
 pub(super) fn open(path: &Path, options: &LoadOptions) -> Result<Checkpoint> {
-    let file = Gguf::open(path, options.mode)?;
+    // The header alone is looked at here: what is too large is refused before it is read.
+    let file = Gguf::open(path, LoadMode::Map)?;
     let shown = path.display().to_string();
     let name = file.metadata().str("general.architecture").map_err(|e| e.in_file(path))?;
     let side = arch::of_gguf(&shown, name)?;
     let fields = Fields::new(format!("{shown} [gguf metadata]"), options.context, settings(&file, name)?);
     let spec = (side.spec)(&fields)?;
     let source = Source::new(shown, tensors(&file, path)?);
-    Ok(Checkpoint { spec, source, names: side.names, tied: None, hash: file.hash() })
+    let (mode, check) = (options.mode, options.check_tensors);
+    let kind = file.metadata().str("tokenizer.ggml.model").unwrap_or_default();
+    let (tokenizer, hash) = (tokenizer(kind == "llama", spec.vocab), file.hash());
+    Ok(Checkpoint { spec, source, names: side.names, tied: None, hash, mode, check, tokenizer })
 }
 
 /// Metadata as settings: those of the architecture without its prefix, those of other groups whole; beside them the
@@ -70,27 +76,14 @@ fn setting(value: &Value) -> Option<Json> {
     })
 }
 
-/// All tensors, with those of types that no kernel reads converted to the nearest that has one.
+/// All tensors as they are in the file; those of types that no kernel reads will become the nearest that has one.
 fn tensors(file: &Gguf, path: &Path) -> Result<BTreeMap<String, Stored>> {
     let mut tensors = BTreeMap::new();
-    let mut converted: BTreeMap<(&str, &str), (usize, u64)> = BTreeMap::new();
     for t in file.tensors() {
         let bytes = file.bytes(&t).map_err(|e| e.in_file(path))?;
-        let (format, bytes) = match t.kind.format() {
-            Some(format) => (format, bytes),
-            None => {
-                let (rows, cols) = t.rows_cols();
-                let done = convert_tensor(t.kind, &bytes, rows, cols);
-                let (format, new) = done.map_err(|e| e.in_item(t.name).in_file(path))?;
-                let entry = converted.entry((t.kind.name(), format.name())).or_default();
-                *entry = (entry.0 + 1, entry.1 + new.len() as u64);
-                (format, new.into())
-            }
-        };
-        tensors.insert(t.name.to_owned(), Stored { format, shape: shape(&t), bytes });
-    }
-    for ((from, to), (count, bytes)) in converted {
-        tracing::info!(file = %path.display(), from, to, count, bytes, "tensors of a type without a kernel were converted");
+        let format = nearest(t.kind, t.rows_cols().1).map_err(|e| e.in_item(t.name).in_file(path))?;
+        let from = Some(t.kind).filter(|k| k.format().is_none());
+        tensors.insert(t.name.to_owned(), Stored { format, shape: shape(&t), bytes, from });
     }
     Ok(tensors)
 }

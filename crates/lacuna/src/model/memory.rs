@@ -1,10 +1,49 @@
 //! How much memory a model will take, known from its header before anything is loaded.
+//!
+//! The figure is what the system counts as resident at the peak: everything that the process allocates, and every page of
+//! a mapped file that was touched (the system can take such pages back when memory is short, at the price of reading
+//! them again). `tests/memory.rs` of the command holds it against measured peaks.
 
-use super::spec::{MlpSpec, Spec};
+use super::checkpoint::Checkpoint;
+use super::spec::{BlockSpec, MlpSpec, Spec};
+use super::weights::Model;
+use crate::engine::{kv_bytes, transpose::input_major_format};
 use crate::error::{Error, Result};
+use lacuna_core::map::LoadMode;
+use lacuna_core::plan::{Entry, Plan, Rule};
+use lacuna_core::site::Proj;
+use lacuna_core::weight::{Orientation, Weight};
+use lacuna_kernels::attention::KvType;
+use lacuna_kernels::{Format, gemm};
 
-/// Tokens that one prefill step works on; decides the size of the scratch buffers.
-pub const CHUNK: usize = 512;
+/// Pages that the system maps around one that is touched (Linux: `fault_around_bytes`).
+const AROUND: u64 = 64 << 10;
+/// The program itself: its code, its libraries, its log.
+const PROGRAM: u64 = 7_400_000;
+/// What a SentencePiece tokenizer holds per entry of the vocabulary.
+const SPM_TOKEN: u64 = 150;
+/// What a BPE tokenizer holds per entry of the vocabulary: both directions of the table, and the merges.
+const BPE_TOKEN: u64 = 610;
+/// Code of the library for BPE tokenizers.
+const BPE: u64 = 1_800_000;
+/// Scratch of one thread in matrix products (see `gemm`), and its stack.
+const PER_THREAD: u64 = 1 << 20;
+/// Bytes per component of a head that attention in prefill holds for each thread: blocks of 512 rows of queries and
+/// results and of 256 keys and values.
+const ATTENTION: u64 = 5 << 10;
+
+/// How a model will be used.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand {
+    /// Positions of the context.
+    pub context: usize,
+    /// How keys and values are stored.
+    pub kv: KvType,
+    /// Most tokens that prefill runs at once.
+    pub batch: usize,
+    /// Threads.
+    pub threads: usize,
+}
 
 /// Bytes by purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,30 +52,42 @@ pub struct MemoryEstimate {
     pub weights: u64,
     /// Keys and values of a full context.
     pub kv: u64,
-    /// Activations of one prefill step, and the logits.
+    /// Activations of one prefill step, packed operands, scratch of the threads, and the logits.
     pub scratch: u64,
+    /// The program and the tokenizer.
+    pub program: u64,
 }
 
 impl MemoryEstimate {
-    /// The estimate for `weights` bytes of weights, a context of `context` positions, and `kv_bytes` bytes per cached number.
-    pub fn new(spec: &Spec, weights: u64, context: usize, kv_bytes: usize) -> Self {
-        let cached: u64 = spec.blocks.iter().map(|b| 2 * (b.kv_heads * b.head_dim) as u64).sum();
-        let kv = cached.saturating_mul(context as u64).saturating_mul(kv_bytes as u64);
-        let widest = spec.blocks.iter().map(|b| {
-            let inner = match b.mlp {
-                MlpSpec::Gated { inner } | MlpSpec::Plain { inner } | MlpSpec::Experts { inner, .. } => inner,
-            };
-            2 * b.heads * b.head_dim + 2 * b.kv_heads * b.head_dim + 2 * inner
-        });
-        let row = widest.max().unwrap_or(0) + 3 * spec.width;
-        let tokens = CHUNK.min(context);
-        let scratch = 4 * (row as u64).saturating_mul(tokens as u64).saturating_add(spec.vocab as u64);
-        Self { weights, kv, scratch }
+    /// The estimate for a dense run.
+    pub fn new(checkpoint: &Checkpoint, demand: &Demand) -> Self {
+        let spec = &checkpoint.spec;
+        let positions = demand.context as u64;
+        let kv = kv_bytes(spec, demand.kv, demand.context).map_or(u64::MAX, |n| n as u64);
+        Self {
+            weights: weights(checkpoint, positions),
+            kv,
+            scratch: scratch(checkpoint, demand),
+            program: PROGRAM + checkpoint.tokenizer,
+        }
+    }
+
+    /// The estimate for a run of `model`, whose dense estimate this is, by `plan`: input-major copies take the place of
+    /// the weights that the plan reads by columns.
+    #[must_use]
+    pub fn with_plan(self, model: &Model, plan: &Plan) -> Self {
+        let copies = replaced(model, plan).map(input_major_bytes).sum();
+        Self { weights: self.weights.saturating_sub(self.replaced(model, plan)).saturating_add(copies), ..self }
+    }
+
+    /// Bytes of the weights that have input-major copies in a run by `plan`.
+    pub fn replaced(&self, model: &Model, plan: &Plan) -> u64 {
+        replaced(model, plan).map(|w| w.bytes().len() as u64).sum()
     }
 
     /// The sum.
     pub fn total(&self) -> u64 {
-        self.weights.saturating_add(self.kv).saturating_add(self.scratch)
+        [self.weights, self.kv, self.scratch, self.program].into_iter().fold(0, u64::saturating_add)
     }
 
     /// Refuses what is above `limit`.
@@ -47,7 +98,93 @@ impl MemoryEstimate {
         if self.total() <= limit {
             return Ok(());
         }
-        let detail = format!("weights {}, keys and values {}, scratch {}", self.weights, self.kv, self.scratch);
+        let Self { weights, kv, scratch, program } = self;
+        let detail = format!("weights {weights}, keys and values {kv}, scratch {scratch}, program {program}");
         Err(Error::Memory { need: self.total(), limit, detail })
+    }
+}
+
+fn replaced<'m>(model: &'m Model, plan: &Plan) -> impl Iterator<Item = &'m Weight> {
+    let of = |entry: &Entry| {
+        let proj = match entry.rule {
+            Rule::Inputs { proj, .. } => proj,
+            Rule::Neurons { .. } => Proj::Down,
+        };
+        Some(&model.blocks.get(entry.layer)?.linear(proj)?.weight)
+    };
+    plan.entries.iter().filter_map(of).filter(|w| w.orientation() == Orientation::OutputMajor)
+}
+
+fn input_major_bytes(weight: &Weight) -> u64 {
+    let (format, _) = input_major_format(weight.format(), weight.outputs());
+    format.run_bytes(weight.outputs()).map_or(0, |run| run as u64 * weight.inputs() as u64)
+}
+
+/// Every tensor as it is kept. Of an embedding that is not the head as well, a mapped file gives only the pages around
+/// the rows that were looked up.
+fn weights(checkpoint: &Checkpoint, positions: u64) -> u64 {
+    let head = checkpoint.names.head;
+    let tied = checkpoint.tied.unwrap_or_else(|| !checkpoint.source.tensors.keys().any(|n| is(n, head)));
+    let looked_up = |name: &str| checkpoint.mode == LoadMode::Map && !tied && is(name, checkpoint.names.embed);
+    let tensors = checkpoint.source.tensors.iter();
+    let each = tensors.map(|(name, t)| {
+        let all = t.loaded_bytes();
+        let rows = t.shape.first().map_or(1, |n| *n as u64).max(1);
+        let touched = positions.saturating_mul(all / rows + AROUND);
+        if looked_up(name) && t.from.is_none() { all.min(touched) } else { all }
+    });
+    each.fold(0, u64::saturating_add)
+}
+
+/// What a tokenizer takes, about; `spm`: of the SentencePiece kind, otherwise BPE.
+pub(super) fn tokenizer(spm: bool, vocab: usize) -> u64 {
+    let vocab = vocab as u64;
+    if spm { SPM_TOKEN * vocab } else { BPE + BPE_TOKEN * vocab }
+}
+
+/// Whether `name` is the weight that `part` of a table of names means.
+fn is(name: &str, part: &str) -> bool {
+    let stem = name.strip_suffix(".weight").unwrap_or(name);
+    stem.strip_suffix(part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// The buffers of a prefill step (`engine::forward::Workspace`) and of sampling.
+fn scratch(checkpoint: &Checkpoint, demand: &Demand) -> u64 {
+    let (spec, names) = (&checkpoint.spec, checkpoint.names);
+    let tokens = demand.batch.min(demand.context).max(1);
+    let rows = spec.blocks.iter().map(|b| row_numbers(spec, b)).max().unwrap_or(0);
+    let longest = spec.blocks.iter().map(|b| inner(b).max(b.heads * b.head_dim).max(spec.width)).max().unwrap_or(0);
+    let mut formats: Vec<Format> = Vec::new();
+    for (name, t) in &checkpoint.source.tensors {
+        let outside = is(name, names.embed) || is(name, names.head) || is(name, names.positions);
+        if t.shape.len() > 1 && !outside && !formats.contains(&t.format) {
+            formats.push(t.format);
+        }
+    }
+    let packed = gemm::Input::bytes(tokens, longest, &formats).map_or(u64::MAX, |n| n as u64);
+    let head = spec.blocks.iter().map(|b| b.head_dim.next_multiple_of(16) as u64).max().unwrap_or(0);
+    let threads = (demand.threads as u64).saturating_mul(PER_THREAD + ATTENTION * head);
+    // Logits, and what sampling keeps beside them: candidates of 8 bytes and their weights.
+    let logits = 24 * spec.vocab as u64;
+    let activations = (4 * tokens as u64).saturating_mul(rows as u64);
+    [activations, packed, threads, logits].into_iter().fold(0, u64::saturating_add)
+}
+
+/// Numbers per token: residual stream, normalised input, results of attention and MLP; queries and attended values, keys
+/// and values, cosines and sines; gate and up; for experts the gathered inputs, the results and the scores.
+fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
+    let rotary: usize = spec.ropes.iter().map(|r| 2 * r.freqs.len()).sum();
+    let experts = match b.mlp {
+        MlpSpec::Experts { experts, .. } => 2 * spec.width + experts,
+        _ => 0,
+    };
+    let gate = if matches!(b.mlp, MlpSpec::Plain { .. }) { 0 } else { inner(b) };
+    let up = inner(b).max(if b.rope.is_some() { b.heads * b.head_dim } else { 0 });
+    4 * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts
+}
+
+fn inner(b: &BlockSpec) -> usize {
+    match b.mlp {
+        MlpSpec::Gated { inner } | MlpSpec::Plain { inner } | MlpSpec::Experts { inner, .. } => inner,
     }
 }

@@ -33,5 +33,5 @@ pub mod validate;
 pub mod weights;
 
 pub use checkpoint::{Checkpoint, LoadOptions, load};
-pub use memory::MemoryEstimate;
+pub use memory::{Demand, MemoryEstimate};
 pub use weights::Model;

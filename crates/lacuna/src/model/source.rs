@@ -3,22 +3,60 @@
 use super::weights::Linear;
 use crate::error::{Error, Result};
 use lacuna_core::bytes::Bytes;
+use lacuna_core::format::gguf::{TensorType, convert_tensor};
+use lacuna_core::map::LoadMode;
 use lacuna_core::weight::{Orientation, Weight};
-use lacuna_kernels::Format;
-use lacuna_kernels::convert::decode_run;
+use lacuna_kernels::convert::{decode_run, first_non_finite};
+use lacuna_kernels::{Format, Pool};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Mutex;
 
 /// A stored tensor.
 #[derive(Clone, Debug)]
 pub struct Stored {
-    /// How its rows are stored.
+    /// How its rows are stored once it is loaded.
     pub format: Format,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
     /// Its bytes, usually a part of a mapped file.
     pub bytes: Bytes,
+    /// The type of `bytes` where no kernel has it: [`Source::load`] converts them to `format`.
+    pub from: Option<TensorType>,
+}
+
+impl Stored {
+    /// A tensor whose bytes are in `format` already.
+    pub fn new(format: Format, shape: Vec<usize>, bytes: Bytes) -> Self {
+        Self { format, shape, bytes, from: None }
+    }
+
+    /// Rows (all axes but the last) and columns.
+    fn rows_cols(&self) -> (usize, usize) {
+        let cols = self.shape.last().copied().unwrap_or(1);
+        (self.shape.iter().rev().skip(1).product(), cols)
+    }
+
+    /// Bytes it takes once it is loaded.
+    pub fn loaded_bytes(&self) -> u64 {
+        let (rows, cols) = self.rows_cols();
+        match (self.from, self.format.run_bytes(cols)) {
+            (Some(_), Some(run)) => (rows as u64).saturating_mul(run as u64),
+            _ => self.bytes.len() as u64,
+        }
+    }
+
+    /// Its bytes in memory of their own, in `format`. Nothing of a mapped original stays resident.
+    fn in_memory(&self, file: &str, name: &str) -> Result<Bytes> {
+        let bytes = self.bytes.in_memory().map_err(Error::io(file.as_ref()))?;
+        self.bytes.release();
+        let Some(kind) = self.from else { return Ok(bytes) };
+        let (rows, cols) = self.rows_cols();
+        let converted = convert_tensor(kind, &bytes, rows, cols);
+        let (_, bytes) = converted.map_err(|e| e.in_item(name).in_file(file))?;
+        Ok(bytes.into())
+    }
 }
 
 /// All tensors of a model.
@@ -53,6 +91,44 @@ impl Source {
         }
         self.used.borrow_mut().insert(name.into());
         Ok(t)
+    }
+
+    /// Brings the weights into the form that they are used in: reads them in read mode, and converts those of types
+    /// that no kernel has. Mapped weights stay as they are, untouched.
+    ///
+    /// # Errors
+    /// A file that cannot be read any more, or became shorter.
+    pub fn load(&mut self, mode: LoadMode) -> Result<()> {
+        let file = &self.file;
+        let tensors = self.tensors.iter_mut().filter(|(_, t)| mode == LoadMode::Read || t.from.is_some());
+        let work: Vec<_> = tensors.map(|(name, t)| (name.as_str(), Mutex::new((t, Ok(()))))).collect();
+        let mut converted: BTreeMap<(&str, &str), (usize, u64)> = BTreeMap::new();
+        let run = |i: usize| {
+            let (name, slot) = &work[i];
+            // Each slot is taken by one chunk, so the lock is never waited for.
+            if let Ok(mut slot) = slot.lock() {
+                let (t, result) = &mut *slot;
+                *result = t.in_memory(file, name).map(|bytes| t.bytes = bytes);
+            }
+        };
+        if work.iter().any(|(_, slot)| slot.lock().is_ok_and(|s| s.0.from.is_some())) {
+            let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+            Pool::new(cores).run(work.len(), &|_, i| run(i));
+        } else {
+            (0..work.len()).for_each(run);
+        }
+        for (_, slot) in work {
+            let Ok((t, result)) = slot.into_inner() else { continue };
+            result?;
+            if let Some(kind) = t.from.take() {
+                let entry = converted.entry((kind.name(), t.format.name())).or_default();
+                *entry = (entry.0 + 1, entry.1 + t.bytes.len() as u64);
+            }
+        }
+        for ((from, to), (count, bytes)) in converted {
+            tracing::info!(file, from, to, count, bytes, "tensors of a type without a kernel were converted");
+        }
+        Ok(())
     }
 
     fn absent(&self, name: &str) -> Error {
@@ -106,6 +182,7 @@ impl Source {
         let whole = self.matrix(name, all, cols)?;
         let m = whole.matrix();
         let bytes: Vec<u8> = rows.iter().flat_map(|r| m.row(*r)).copied().collect();
+        whole.bytes().release();
         self.weight(name, m.format(), rows.len(), cols, bytes.into())
     }
 
@@ -126,6 +203,7 @@ impl Source {
                 bytes.extend_from_slice(&t.bytes[(input * all + column) * size..][..size]);
             }
         }
+        t.bytes.release();
         self.weight(name, t.format, columns.len(), inputs, bytes.into())
     }
 
@@ -157,22 +235,19 @@ impl Source {
         })
     }
 
-    /// Looks at every number for NaN and infinity.
+    /// Looks at every number for NaN and infinity, without decoding (block formats: at the scales, since their codes
+    /// are always finite).
     ///
     /// # Errors
     /// [`Error::NotFinite`] with the first one.
     pub fn check_finite(&self) -> Result<()> {
         for (name, t) in &self.tensors {
-            let cols = t.shape.last().copied().unwrap_or(1);
-            let Some(run) = t.format.run_bytes(cols).filter(|n| *n > 0) else { continue };
-            let mut row = vec![0.0; cols];
-            for (r, bytes) in t.bytes.chunks_exact(run).enumerate() {
-                decode_run(t.format, bytes, &mut row);
-                if let Some(i) = row.iter().position(|v| !v.is_finite()) {
-                    let (file, tensor) = (self.file.clone(), name.clone());
-                    return Err(Error::NotFinite { file, tensor, index: r * cols + i, value: row[i] });
-                }
-            }
+            let Some(index) = first_non_finite(t.format, &t.bytes) else { continue };
+            let (block, size) = (t.format.block_len(), t.format.block_bytes());
+            let mut numbers = vec![0.0; block];
+            decode_run(t.format, &t.bytes[index / block * size..][..size], &mut numbers);
+            let value = numbers.into_iter().find(|v| !v.is_finite()).unwrap_or(f32::NAN);
+            return Err(Error::NotFinite { file: self.file.clone(), tensor: name.clone(), index, value });
         }
         Ok(())
     }

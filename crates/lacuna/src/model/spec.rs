@@ -137,3 +137,14 @@ pub struct Spec {
     /// The blocks.
     pub blocks: Vec<BlockSpec>,
 }
+
+impl Spec {
+    /// Longest context that can be computed: rotary positions go on behind what the model was trained with, a table of
+    /// learned positions ends.
+    pub fn most_positions(&self) -> usize {
+        match self.position {
+            Position::Rotary => usize::MAX,
+            Position::Learned { .. } => self.context,
+        }
+    }
+}

@@ -159,7 +159,10 @@ impl Gguf {
             let t = self.view(slot);
             HashedTensor { name: t.name, kind: t.kind.name(), shape: t.dims, data: &self.bytes[slot.data.clone()] }
         });
-        model_hash(&self.bytes[..self.header], tensors.collect())
+        let hash = model_hash(&self.bytes[..self.header], tensors.collect());
+        // The pieces lie everywhere, and the system maps whole neighbourhoods of what is touched.
+        self.bytes.release();
+        hash
     }
 
     fn view<'a>(&'a self, slot: &'a Slot) -> TensorInfo<'a> {

@@ -87,6 +87,11 @@ impl Tensors {
         part.ok_or_else(|| Error::malformed("a tensor of another file", "one of this file").in_item(&entry.name))
     }
 
+    /// Says that the file is not read soon; see [`Bytes::release`].
+    pub fn release(&self) {
+        self.bytes.release();
+    }
+
     /// The `__metadata__` of the header.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata

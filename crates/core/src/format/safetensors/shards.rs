@@ -115,7 +115,10 @@ impl Model {
             shape: &e.shape,
             data: &f.bytes[e.range.clone()],
         });
-        model_hash(config, tensors.collect())
+        let hash = model_hash(config, tensors.collect());
+        // The pieces lie everywhere, and the system maps whole neighbourhoods of what is touched.
+        self.files.iter().for_each(Tensors::release);
+        hash
     }
 }
 
