@@ -76,8 +76,9 @@ impl Place {
 pub struct Ready {
     /// The engine, with its plan.
     pub engine: Engine,
-    /// The same model without a plan, where it was asked for; shares all weights that need no other orientation.
-    dense: Option<Engine>,
+    /// The same model without a plan; shares all weights that need no other orientation. (The engine itself where there
+    /// is no plan, or only the plan's engine is run.)
+    pub dense: Engine,
     /// The plan's name; `None` if everything is computed.
     pub plan: Option<String>,
     tokenizer: Result<Tokenizer>,
@@ -89,11 +90,6 @@ impl Ready {
     /// The plan's name, `dense` without one.
     pub fn label(&self) -> &str {
         self.plan.as_deref().unwrap_or("dense")
-    }
-
-    /// The same model without a plan ([`Base::Kept`]); the only engine where there is no plan or it was not kept.
-    pub fn dense(&self) -> &Engine {
-        self.dense.as_ref().unwrap_or(&self.engine)
     }
 
     /// Tells the log the largest resident size so far beside the estimate.
@@ -125,10 +121,8 @@ impl Ready {
 /// Whether the dense engine stays beside one with a plan. Its weights that the plan has other copies of then stay too:
 /// resident in read mode, untouched in map mode.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Base {
-    /// It is run as well.
+enum Base {
     Kept,
-    /// Only the plan's engine is run.
     Dropped,
 }
 
@@ -136,7 +130,19 @@ pub enum Base {
 ///
 /// # Errors
 /// Everything between the name and the engine; a memory limit refuses before the weights are touched.
-pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> Result<Ready> {
+pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs) -> Result<Ready> {
+    load(name, ctx, args, Base::Kept)
+}
+
+/// As [`ready`] for those who run nothing but the plan's engine: originals of converted weights are not kept.
+///
+/// # Errors
+/// As there.
+pub fn ready_alone(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs) -> Result<Ready> {
+    load(name, ctx, args, Base::Dropped)
+}
+
+fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> Result<Ready> {
     let start = Instant::now();
     let place = Place::find(name)?;
     let checkpoint = place.open(&load_options(args, ctx))?;
@@ -144,9 +150,9 @@ pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base
     let mut need = checkpoint.memory(&demand(args, context)?);
     within(&need, args.memory)?;
     let named = LoadArgs { model_name: name.map(str::to_owned), ..args.clone() };
-    let plan = sparse::plan(&named, &place, checkpoint.hash(), &checkpoint.spec)?;
     let tokenizer = tokenizer(&place, &checkpoint);
     let model = Arc::new(checkpoint.bind()?);
+    let plan = sparse::plan(&named, &place, &model)?;
     if let Some(plan) = &plan {
         // Originals that were read stay until all copies are made, and those in the program stay; the pages of a map
         // are given back.
@@ -161,9 +167,10 @@ pub fn ready(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base
     let (engine, dense, plan) = match plan {
         Some(plan) => {
             let sparse = sparse::with_plan(&plan, &dense)?;
-            (sparse.engine, Some(dense).filter(|_| base == Base::Kept), Some(sparse.label))
+            let dense = if base == Base::Kept { dense } else { sparse.engine.clone() };
+            (sparse.engine, dense, Some(sparse.label))
         }
-        None => (dense, None, None),
+        None => (dense.clone(), dense, None),
     };
     tracing::info!("ready in {:.3} s", start.elapsed().as_secs_f64());
     Ok(Ready { engine, dense, plan, tokenizer, context, need })

@@ -3,6 +3,7 @@
 use serde_json::Value;
 use std::{
     fs,
+    io::Write,
     path::PathBuf,
     process::{Command, Output, Stdio},
 };
@@ -340,4 +341,24 @@ fn a_reader_that_leaves_is_no_error() {
     let out = child.wait_with_output().expect("ends");
     assert_eq!(stderr(&out), "");
     assert!(out.status.success());
+}
+
+/// A conversation through a pipe: commands, another answer to the same question, a full context.
+#[test]
+fn chat_follows_its_commands() {
+    let lines = "/regen\n/nothing\nHello\n/regen\n/system Be brief.\none\\\ntwo\n/clear\n/help\n/quit\n";
+    let mut child = command(&["chat", "-c", "200", "-n", "5", "-s", "1", "-t", "1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("written");
+    let out = child.wait_with_output().expect("it ends");
+    let text = stderr(&out);
+    assert!(out.status.success(), "{text}");
+    for part in ["there is no question yet", "no command `/nothing`", "(-n reached)", "/regen          answer"] {
+        assert!(text.contains(part), "`{part}` is not in: {text}");
+    }
+    assert_eq!(text.matches("(-n reached)").count(), 3, "Hello twice and one question of two lines: {text}");
 }

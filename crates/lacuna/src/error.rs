@@ -130,7 +130,7 @@ pub enum Error {
     },
     /// A forward pass gave a logit that is not a number.
     #[error(
-        "the logits at position {position} hold {value}; the weights are damaged, or overflow in this arithmetic (try LACUNA_ISA=scalar)"
+        "the logits at position {position} hold {value}; the weights are damaged (--check-tensors finds the tensor), or overflow in this arithmetic (try LACUNA_ISA=scalar)"
     )]
     BadLogits {
         /// Position of the token in the context.

@@ -142,6 +142,20 @@ fn pages_are_reused_after_truncation() {
     assert_eq!(fresh.len(), 170);
 }
 
+/// Rotary positions are computed, so a context may be longer than the one that the model was trained with.
+#[test]
+fn rotary_models_go_on_behind_their_context() {
+    let model = random::model(PLAIN_LLAMA, 5);
+    let mut longer = model.clone();
+    longer.spec.context = 2 * CONTEXT;
+    let ids = tokens(CONTEXT + 3, 4);
+    let run = |model: Model| {
+        let mut s = engine(model, exact()).session(CONTEXT + 3).expect("rotary positions");
+        s.prefill(&ids).expect("prefills").to_vec()
+    };
+    assert_eq!(run(model), run(longer), "the same as a model made for the length");
+}
+
 #[test]
 fn what_cannot_run_is_an_error_before_any_work() {
     let e = engine(random::model(PLAIN_LLAMA, 5), exact());
@@ -152,7 +166,9 @@ fn what_cannot_run_is_an_error_before_any_work() {
     s.prefill(&tokens(10, 1)).expect("fits");
     assert!(matches!(s.decode(1), Err(Error::Context { tokens: 11, context: 10 })));
     assert_eq!(s.len(), 10);
-    assert!(e.session(CONTEXT + 1).is_err());
+    let learned = Kind { mlp: MlpKind::Plain, act: Act::Gelu, classic: true, ..PLAIN_LLAMA };
+    let learned = engine(random::model(learned, 5), exact());
+    assert!(learned.session(CONTEXT).is_ok() && learned.session(CONTEXT + 1).is_err());
     let model = Arc::new(random::model(PLAIN_LLAMA, 5));
     for bad in [Options { prefill_chunk: 0, ..exact() }, Options { threads: 5000, ..exact() }] {
         assert!(matches!(Engine::new(model.clone(), bad), Err(Error::Argument { .. })));

@@ -4,7 +4,7 @@ use super::run::Printer;
 use crate::{
     Outcome,
     args::{LoadArgs, SamplingArgs},
-    open::{self, Base},
+    open,
 };
 use anyhow::{Context, Result};
 use lacuna::{
@@ -50,7 +50,7 @@ Ctrl-C stops an answer; a line that ends in \\ goes on in the next.";
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
     let sampler = Sampler::new(args.sampling.options())?;
-    let ready = open::ready(args.model.as_deref(), args.ctx_size, &args.load, Base::Dropped)?;
+    let ready = open::ready_alone(args.model.as_deref(), args.ctx_size, &args.load)?;
     let tokenizer = ready.tokenizer()?;
     let template = ChatTemplate::of(tokenizer)?;
     let session = ready.session()?;
@@ -201,10 +201,10 @@ fn within_memory<T>(render: impl FnOnce() -> T) -> T {
         }
     }
     let result = render();
-    if let Some(((soft, hard), _)) = before {
-        if let Err(e) = setrlimit(Resource::RLIMIT_AS, soft, hard) {
-            tracing::warn!("the limit on the memory of the template stays: {e}");
-        }
+    if let Some(((soft, hard), _)) = before
+        && let Err(e) = setrlimit(Resource::RLIMIT_AS, soft, hard)
+    {
+        tracing::warn!("the limit on the memory of the template stays: {e}");
     }
     result
 }

@@ -4,7 +4,7 @@ use super::run::{Printer, kept};
 use crate::{
     Outcome,
     args::{Kv, LoadArgs, LoadMode},
-    open::{self, Base},
+    open,
     table::Table,
     text,
 };
@@ -49,17 +49,17 @@ pub fn run() -> Result<Outcome> {
         batch: 512,
         model_name: None,
     };
-    let ready = open::ready(None, None, &args, Base::Kept)?;
+    let ready = open::ready(None, None, &args)?;
     let tokenizer = ready.tokenizer()?;
-    let spec = &ready.dense().model().spec;
+    let spec = &ready.dense.model().spec;
     let mut out = stdout();
     writeln!(out, "The embedded model: {} layers, {} wide, ReLU-gated.\n", spec.blocks.len(), spec.width)?;
     writeln!(out, "Dense, every weight is read for every token:\n")?;
-    let (dense, dense_counters) = tell(ready.dense(), tokenizer)?;
+    let (dense, dense_counters) = tell(&ready.dense, tokenizer)?;
     writeln!(out, "\nSparse, neurons whose gate is closed are not read:\n")?;
     let (sparse, sparse_counters) = tell(&ready.engine, tokenizer)?;
-    let rates = race(&[ready.dense(), &ready.engine], &dense.tokens)?;
-    let quality = compare(ready.dense(), &ready.engine, tokenizer)?;
+    let rates = race(&[&ready.dense, &ready.engine], &dense.tokens)?;
+    let quality = compare(&ready.dense, &ready.engine, tokenizer)?;
     let runs = [("dense", rates[0], &dense_counters), (ready.label(), rates[1], &sparse_counters)];
     write!(out, "\n{}", speeds(&runs))?;
     write!(out, "\n{}", differences(&quality))?;

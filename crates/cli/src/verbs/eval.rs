@@ -3,7 +3,7 @@
 use crate::{
     Outcome,
     args::LoadArgs,
-    open::{self, Base, Ready},
+    open::{self, Ready},
     text,
 };
 use anyhow::{Context, Result, bail};
@@ -79,7 +79,7 @@ pub fn run(args: Args) -> Result<Outcome> {
 }
 
 fn ppl(args: &Common) -> Result<Outcome> {
-    let ready = open::ready(args.model.as_deref(), Some(args.ctx_size), &args.load, Base::Dropped)?;
+    let ready = open::ready_alone(args.model.as_deref(), Some(args.ctx_size), &args.load)?;
     let tokenizer = ready.tokenizer()?;
     let windows = windows_of(args, tokenizer)?;
     let scoring = scoring(args, &ready);
@@ -105,18 +105,18 @@ fn ppl(args: &Common) -> Result<Outcome> {
 }
 
 fn kld(args: &Common, base: Option<&str>) -> Result<Outcome> {
-    let ready = open::ready(args.model.as_deref(), Some(args.ctx_size), &args.load, Base::Kept)?;
+    let ready = open::ready(args.model.as_deref(), Some(args.ctx_size), &args.load)?;
     if base.is_none() && ready.plan.is_none() {
         bail!("nothing to compare: give --base MODEL, or --sparse or --plan to compare with the same model dense");
     }
     let other: Option<Ready> = match base {
         Some(name) => {
             let dense = LoadArgs { sparse: None, plan: None, ..args.load.clone() };
-            Some(open::ready(Some(name), Some(args.ctx_size), &dense, Base::Dropped)?)
+            Some(open::ready_alone(Some(name), Some(args.ctx_size), &dense)?)
         }
         None => None,
     };
-    let base_engine = other.as_ref().map_or(ready.dense(), |o| &o.engine);
+    let base_engine = other.as_ref().map_or(&ready.dense, |o| &o.engine);
     let tokenizer = ready.tokenizer()?;
     let windows = windows_of(args, tokenizer)?;
     let most = longest(&windows);

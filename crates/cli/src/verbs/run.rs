@@ -3,7 +3,7 @@
 use crate::{
     Outcome,
     args::{LoadArgs, SamplingArgs},
-    open::{self, Base, Ready},
+    open::{self, Ready},
     text,
 };
 use anyhow::{Context, Result, bail};
@@ -60,7 +60,7 @@ pub fn run(mut args: Args) -> Result<Outcome> {
     let model = args.model.as_deref().or(args.place.as_deref());
     let prompt = prompt(&args)?;
     let mut sampler = Sampler::new(args.sampling.options())?;
-    let ready = open::ready(model, args.ctx_size, &args.load, Base::Dropped)?;
+    let ready = open::ready_alone(model, args.ctx_size, &args.load)?;
     let tokenizer = ready.tokenizer()?;
     let tokens = tokenizer.encode(&prompt, true)?;
     if tokens.is_empty() {
@@ -152,7 +152,7 @@ pub fn report(ready: &Ready, session: &Session, out: &Generated) -> io::Result<(
         write!(err, "read {} per token", text::bytes(read as u64))?;
         if ready.plan.is_some() {
             let begin = session.len() - counters.steps as usize;
-            let dense = dense_bytes(ready.dense(), begin, session.len());
+            let dense = dense_bytes(&ready.dense, begin, session.len());
             write!(err, ", {} of dense", text::percent(read / dense))?;
         }
         writeln!(err)?;
