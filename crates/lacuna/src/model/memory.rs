@@ -106,9 +106,9 @@ impl MemoryEstimate {
 
 fn replaced<'m>(model: &'m Model, plan: &Plan) -> impl Iterator<Item = &'m Weight> {
     let of = |entry: &Entry| {
-        let proj = match entry.rule {
-            Rule::Inputs { proj, .. } => proj,
-            Rule::Neurons { .. } => Proj::Down,
+        let proj = match &entry.rule {
+            Rule::Inputs { proj, .. } => *proj,
+            Rule::Neurons { .. } | Rule::Predicted { .. } => Proj::Down,
         };
         Some(&model.blocks.get(entry.layer)?.linear(proj)?.weight)
     };
