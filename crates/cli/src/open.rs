@@ -247,7 +247,9 @@ pub fn context(asked: Option<usize>, spec: &Spec) -> Result<usize> {
         }
         Some(n) => {
             if n > own {
-                tracing::warn!("-c {n} is more than the {own} positions this model was trained with: expect worse text behind them");
+                tracing::warn!(
+                    "-c {n} is more than the {own} positions this model was trained with: expect worse text behind them"
+                );
             }
             Ok(n)
         }

@@ -73,9 +73,8 @@ impl Owner for Mapped {
         // SAFETY: the pages of a read-only map of a file that DONTNEED drops come back from the file with the same bytes
         // when they are touched; the range is inside the map, which `Bytes` keeps. A hint that the system refuses costs
         // memory and nothing else.
-        let _ = unsafe {
-            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
-        };
+        let _ =
+            unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
     }
 
     fn copy(&self, range: Range<usize>) -> io::Result<Vec<u8>> {

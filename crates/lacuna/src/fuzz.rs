@@ -69,7 +69,17 @@ mod tests {
         tokens.extend((0..=255).map(|b| format!("<0x{b:02X}>")));
         tokens.extend(["h", "e", "l", "o", "he", "ll", "hell", "\u{2581}"].map(String::from));
         let n = tokens.len();
-        let kinds: Vec<i32> = (0..n).map(|i| if i < 3 { 3 } else if i < 259 { 6 } else { 1 }).collect();
+        let kinds: Vec<i32> = (0..n)
+            .map(|i| {
+                if i < 3 {
+                    3
+                } else if i < 259 {
+                    6
+                } else {
+                    1
+                }
+            })
+            .collect();
         let scores: Vec<f32> = (0..n).map(|i| -(i as f32)).collect();
         let mut writer = Writer::new();
         let text = |t: &str| Value::String(t.to_owned());
@@ -95,7 +105,8 @@ mod tests {
 
     #[test]
     fn templates_of_noise_are_errors_or_templates() {
-        let seed = "{% for m in messages %}{{ bos_token ~ m['content'] | trim }}{% set x = m.role %}{% endfor %}{{ x }}";
+        let seed =
+            "{% for m in messages %}{{ bos_token ~ m['content'] | trim }}{% set x = m.role %}{% endfor %}{{ x }}";
         damaged(seed.as_bytes(), chat_template, seed.len());
         for at in 0..seed.len() {
             for with in ["{", "}", "%", "'", "|", "(", "[", "*", "0", "~"] {
