@@ -1,24 +1,29 @@
-//! Channel sums with AVX-512: eight channels per pass, so that each output is loaded and stored once for eight.
+//! Channel sums with AVX-512: eight channels per pass, so that each output is loaded and stored once for eight; block
+//! formats take sixteen in integers ([`digits`]) and what is left over here.
 
 use super::{Channels, scalar};
 use crate::Format;
 use crate::x86::{Ahead, last_group};
+use digits::MANY;
 use std::arch::x86_64::*;
 
 /// Channels per pass.
 const WIDE: usize = 8;
 
 /// Adds all channels to `y`. The CPU must have [`crate::Isa::Avx512`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 pub(super) fn add(channels: &Channels, y: &mut [f32]) {
     macro_rules! drive {
-        ($add:ident) => {{
-            let stretch = channels.len() / WIDE;
+        ($add:ident) => {
+            drive!($add, WIDE, |group, next| $add(group.rows, group.value, next.rows, y))
+        };
+        ($add:ident, $wide:ident, |$group:ident, $next:ident| $pass:expr) => {{
+            let stretch = channels.len() / $wide;
             for i in channels.groups(stretch) {
-                let (group, next) = (channels.far::<WIDE>(i, stretch), channels.far::<WIDE>(i + 1, stretch));
-                $add(group.rows, group.value, next.rows, y);
+                let ($group, $next) = (channels.far::<$wide>(i, stretch), channels.far::<$wide>(i + 1, stretch));
+                $pass;
             }
-            for i in channels.rest(stretch * WIDE) {
+            for i in channels.rest(stretch * $wide) {
                 let next = channels.row((i + 1).min(channels.len() - 1));
                 $add([channels.row(i)], [channels.value[i]], [next], y);
             }
@@ -28,8 +33,8 @@ pub(super) fn add(channels: &Channels, y: &mut [f32]) {
         Format::F32 => drive!(add_f32),
         Format::F16 => drive!(add_f16),
         Format::Bf16 => drive!(add_bf16),
-        Format::Q8_0 => drive!(add_q8_0),
-        Format::Q4_0 => drive!(add_q4_0),
+        Format::Q8_0 => drive!(add_q8_0, MANY, |group, next| digits::add::<digits::Q8_0>(&group, &next, y)),
+        Format::Q4_0 => drive!(add_q4_0, MANY, |group, next| digits::add::<digits::Q4_0>(&group, &next, y)),
         Format::Q4K | Format::Q6K => {
             for i in channels.groups(channels.len()) {
                 add_decoded(channels.format, channels.row(i), channels.value[i], y);
@@ -69,6 +74,8 @@ macro_rules! for_units {
         }
     }};
 }
+
+mod digits;
 
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -80,6 +80,56 @@ fn threads_and_zeros_change_no_bit() {
 }
 
 #[test]
+fn bad_numbers_surface() {
+    let mut random = Random(3);
+    for format in Format::ALL {
+        let (rows, cols) = (40, 512);
+        let bytes = stored(format, rows * cols, &mut random);
+        let wt = Matrix::new(format, rows, cols, &bytes).unwrap();
+        let index: Vec<u32> = (0..rows as u32).collect();
+        for (at, bad) in [(17, f32::NAN), (39, f32::NAN), (3, f32::INFINITY), (30, f32::NEG_INFINITY)] {
+            let mut value = random.floats(rows);
+            value[at] = bad;
+            for isa in isa::available() {
+                let mut y = vec![0.0; cols];
+                run_on(isa, &Pool::new(1), &mut [Job { wt, index: &index, value: &value, y: &mut y }]);
+                assert!(y.iter().all(|y| !y.is_finite()), "{format:?} {isa} {bad}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_channel_far_above_the_others() {
+    let mut random = Random(4);
+    for format in [Format::Q8_0, Format::Q4_0] {
+        let (rows, cols) = (48, 320);
+        let bytes = stored(format, rows * cols, &mut random);
+        let wt = Matrix::new(format, rows, cols, &bytes).unwrap();
+        let index: Vec<u32> = (0..rows as u32).collect();
+        for outlier in [1e-30, 1e3, 1e6, 1e30] {
+            let mut value = random.floats(rows);
+            value[20] = outlier;
+            let (mut exact, mut weights) = (vec![0.0; cols], vec![0.0; cols]);
+            for (&i, &v) in index.iter().zip(&value) {
+                convert::decode_run(format, wt.row(i as usize), &mut weights);
+                exact.iter_mut().zip(&weights).for_each(|(y, &w)| *y += f64::from(v) * f64::from(w));
+            }
+            // Scales are at most 0.1 and codes at most 128 steps.
+            let largest = f64::from(outlier).max(1.0) * 0.1;
+            for isa in isa::available() {
+                let mut y = vec![0.0; cols];
+                run_on(isa, &Pool::new(1), &mut [Job { wt, index: &index, value: &value, y: &mut y }]);
+                for (y, exact) in y.iter().zip(&exact) {
+                    let error = (f64::from(*y) - exact).abs();
+                    assert!(error <= 1e-6 * (exact.abs() + largest * 128.0), "{format:?} {isa} {outlier}: {y} {exact}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn no_channel_gives_zeros() {
     let wt = Matrix::new(Format::Q8_0, 2, 32, &[1; 68]).unwrap();
     for isa in isa::available() {
