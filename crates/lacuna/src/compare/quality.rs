@@ -1,4 +1,4 @@
-//! Quality and bytes of one plan: both engines decode the same text in lockstep.
+//! Quality and bytes of one plan: both engines score the same text in lockstep.
 
 use super::report::{Cost, Measured, Quality, SiteKept};
 use crate::{
@@ -26,7 +26,7 @@ pub struct Pass {
     pub dense_cost: Cost,
 }
 
-/// Decodes `windows` with both engines, token by token, as both would in use. `progress(done, all)` counts windows.
+/// Scores `windows` with both engines in masked passes: what each would decode, at the speed of prefill. `progress(done, all)` counts windows.
 ///
 /// # Errors
 /// As [`divergence`], and windows that hold no text.

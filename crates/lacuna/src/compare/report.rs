@@ -16,7 +16,7 @@ pub struct Measured {
 }
 
 /// A comparison of plans on one model, one text and one machine.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// [`REPORT_VERSION`].
     pub version: u32,
@@ -47,7 +47,7 @@ pub struct Report {
 }
 
 /// Where it was measured.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     /// Name of the processor.
     pub cpu: String,
@@ -66,7 +66,7 @@ pub struct Machine {
 }
 
 /// What was run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelFacts {
     /// What the user called it.
     pub name: String,
@@ -85,7 +85,7 @@ pub struct ModelFacts {
 }
 
 /// The texts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TextFacts {
     /// File that was scored.
     pub file: String,

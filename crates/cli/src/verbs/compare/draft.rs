@@ -14,7 +14,7 @@ use lacuna::{
         report::{Machine, Point, REPORT_VERSION, Report, TextFacts},
         task::Task,
     },
-    eval::Window,
+    eval::{Scoring, Window},
 };
 use lacuna_kernels::isa;
 use std::{env, fs};
@@ -62,8 +62,13 @@ pub(super) fn draft(args: &Args, subject: &Subject, texts: &Texts, task: &Result
 
 pub(super) fn protocol(args: &Args) -> Vec<String> {
     let mut list = vec![
-        "Quality: the plan and the dense model decode the same text in lockstep, token by token.".to_owned(),
-        "Bytes: weights, keys and values that decode read on that text.".to_owned(),
+        format!(
+            "Quality: the dense model and the plan score the same text, every token through its own selection as decode \
+             would choose it ({}).",
+            Scoring::Masked.describe()
+        ),
+        "Bytes: weights, keys and values that decode reads on that text.".to_owned(),
+        "Task: contexts are prefilled, which is dense, and answers are decoded under the plan.".to_owned(),
     ];
     list.push(if args.fall_back {
         "Places that keep more than this machine's break-even share are left dense, as `run` does (--fall-back)."
