@@ -188,7 +188,8 @@ impl<'a> Meter<'a> {
         if let (Some(base), Some(point)) = (dense.cloned().or_else(|| known(&base_key)), known(&key)) {
             return Ok((base, point));
         }
-        let label = planned.plan.method.as_str();
+        let label = sweep::short(&planned.plan.method);
+        let label = label.as_str();
         let pieces = setup.tokenizer.pieces();
         let pass = quality::pass(setup.dense, engine, setup.windows, pieces, |done, all| {
             on(Event::Quality(label, done, all));

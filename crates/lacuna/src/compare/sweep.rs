@@ -57,6 +57,24 @@ impl Candidate {
     }
 }
 
+/// A label without the parameters that have their default, the first of each method aside; as it is where this program
+/// does not know the methods.
+pub fn short(label: &str) -> String {
+    let Ok(steps) = registry::parse(label) else { return label.to_owned() };
+    let name = |s: &Resolved| {
+        let mut text = s.method.name().to_owned();
+        for (k, ((name, value), spec)) in s.params.iter().zip(s.method.params()).enumerate() {
+            if k == 0 {
+                text += &format!("={value}");
+            } else if value != spec.default {
+                text += &format!(":{name}={value}");
+            }
+        }
+        text
+    };
+    steps.iter().map(name).collect::<Vec<_>>().join(",")
+}
+
 /// The family and value behind the label of a stored plan, whose methods this program may not know.
 pub fn family_of(label: &str) -> (String, Option<f64>) {
     if let Ok(known) = Candidate::parse(label) {
@@ -174,6 +192,17 @@ mod tests {
         assert!(error("teal=0.1..0.2:1").contains("steps"));
         assert!(error("teel=0.1..0.2").contains("did you mean `teal`"));
         assert!(error("teal=0.5..1").contains("[0, 1)"));
+    }
+
+    #[test]
+    fn short_labels_mean_the_same() {
+        for m in METHODS {
+            let full = Candidate::parse(m.name()).unwrap().label;
+            let short = short(&full);
+            assert!(short.len() <= full.len() && !short.contains(':'), "{short}");
+            assert_eq!(Candidate::parse(&short).unwrap().label, full);
+        }
+        assert_eq!(short("newer=1:x=2"), "newer=1:x=2");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use lacuna::{
     compare::{
         Planned,
         report::Calibration,
-        sweep::{Candidate, family_of, sweep},
+        sweep::{Candidate, family_of, short, sweep},
     },
 };
 use lacuna_core::{observer::Observer, plan::Plan, statistics::Statistics};
@@ -115,7 +115,7 @@ pub(super) fn command(args: &Args, subject: &Subject, plan: &Plan, calibrated: b
         plan.save(&path)?;
         return Ok(format!("lacuna run{flag} --plan {}", text::shell(&path.to_string_lossy())));
     }
-    let spec = text::shell(&plan.method);
+    let spec = text::shell(&short(&plan.method));
     let file = args.calibration.as_deref().unwrap_or(args.file()).display().to_string();
     let first = format!("lacuna calibrate{flag} --sparse {spec} -f {} && ", text::shell(&file));
     Ok(format!("{}lacuna run{flag} --sparse {spec}", if calibrated { first.as_str() } else { "" }))
