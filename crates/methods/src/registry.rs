@@ -1,6 +1,9 @@
 //! The one list of methods, and how names in recipes and on command lines become methods with checked parameters.
 
-use crate::activations::{cats::Cats, chess::Chess, fatrelu::FatRelu, relu::Relu, teal::Teal, topk::TopK, wina::Wina};
+use crate::activations::{
+    cats::Cats, cett::Cett, chess::Chess, core_neurons::CoreNeurons, drelu::DRelu, fatrelu::FatRelu, q_sparse::QSparse,
+    relu::Relu, spark::Spark, teal::Teal, topk::TopK, wina::Wina,
+};
 use lacuna_core::{
     method::{Method, MethodError, Params},
     recipe::{Step, parse_short},
@@ -8,7 +11,20 @@ use lacuna_core::{
 };
 
 /// Every method. Everything else that lists methods is derived from this slice.
-pub static METHODS: &[&dyn Method] = &[&Relu, &FatRelu, &TopK, &Cats, &Chess, &Teal, &Wina];
+pub static METHODS: &[&dyn Method] = &[
+    &Relu,
+    &DRelu,
+    &FatRelu,
+    &TopK,
+    &Spark,
+    &CoreNeurons,
+    &Cats,
+    &Chess,
+    &Teal,
+    &Wina,
+    &QSparse,
+    &Cett,
+];
 
 /// A step with its method found and its parameters checked.
 #[derive(Clone, Debug)]

@@ -108,7 +108,7 @@ fn budgets(method: &dyn Method) -> Vec<(Option<f64>, Params)> {
 
 /// The largest budget of a method: nothing dropped but zeros.
 fn full(method: &dyn Method) -> Params {
-    let first = method.params().first().filter(|p| ["sparsity", "threshold"].contains(&p.name));
+    let first = method.params().first().filter(|p| ["sparsity", "threshold", "error"].contains(&p.name));
     Params::new(method, first.map(|p| (p.name, 0.0))).unwrap()
 }
 
@@ -117,6 +117,8 @@ fn selected_point(entry: &Entry) -> Point {
     let layer = entry.layer;
     match entry.rule {
         Rule::Inputs { proj, .. } => Point::Input { layer, proj: layers()[layer].observed_as(proj) },
+        // Before the activation: about normal, as up.
+        Rule::Neurons { on: Stage::Gate, .. } => Point::Up { layer },
         Rule::Neurons { .. } | Rule::Predicted { .. } => Point::Neurons { layer },
     }
 }
@@ -152,13 +154,17 @@ fn plans_are_deterministic_and_keep_the_budget() {
             let shares: Vec<f64> = entries.iter().map(kept_share).collect();
             for (entry, kept) in entries.iter().zip(&shares) {
                 let what = format!("{} {budget:?} {entry:?}: keeps {kept}", method.name());
-                assert!((kept - f64::from(entry.kept.unwrap())).abs() < 0.01, "{what}");
+                // A cut by mean and spread keeps its share of normal numbers only; these are sums of six.
+                let loose = matches!(entry.rule.selector().cut, Cut::Gaussian { .. });
+                let bound = if loose { 0.03 } else { 0.01 };
+                assert!((kept - f64::from(entry.kept.unwrap())).abs() < bound, "{what}");
             }
             for (layer, budget) in (0..3).filter_map(|l| Some((l, budget?))) {
                 // ReLU data has half its entries at zero, which are dropped at every budget.
                 let dropped = dropped_weights(&entries, &shares, layer);
                 let zeros = entries.iter().any(|e| matches!(e.rule, Rule::Neurons { .. })) && budget < 0.5;
-                assert!(zeros || (dropped - budget).abs() < 0.01, "{} {budget}: {dropped}", method.name());
+                let bound = if method.name() == "spark" { 0.03 } else { 0.01 };
+                assert!(zeros || (dropped - budget).abs() < bound, "{} {budget}: {dropped}", method.name());
             }
         }
     }
@@ -250,7 +256,8 @@ fn select(isa: lacuna_kernels::Isa, selector: &Selector, x: &[f32], signed: bool
             let (mean, std) = select::moments(x, scale, signed);
             above((mean + f64::from(multiple) * std) as f32);
         }
-        Cut::Listed { .. } | Cut::Prompt { .. } => panic!("no method of the registry plans lists"),
+        Cut::Prompt { count } => select::listed(x, &(0..count as u32).collect::<Vec<_>>(), &mut index, &mut value),
+        Cut::Listed { .. } => panic!("no method of the registry plans lists"),
     }
     (index, value)
 }

@@ -2,6 +2,8 @@
 //!
 //! [`calibrate`] does it all. The pass itself is a closure, so that the engine, the reference and tests can be calibrated.
 
+mod checkpoint;
+pub mod search;
 pub mod store;
 pub mod weights;
 

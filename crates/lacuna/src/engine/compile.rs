@@ -98,6 +98,19 @@ pub fn compile(
     Ok(Compiled { model: Arc::new(changed), plan: Arc::new(plan), notes })
 }
 
+/// What masked passes need for one layer: the rules of `entries`, on the weights as they are, without any fall-back.
+///
+/// # Errors
+/// As [`compile`].
+pub fn masked_layer(entries: &[Entry], model: &Model, layer: usize) -> Result<LayerPlan> {
+    let mut rules = LayerPlan::default();
+    for entry in entries.iter().filter(|e| e.layer == layer) {
+        let place = Place { layer, proj: columns_of(&entry.rule), rule: &entry.rule };
+        set_rule(&mut rules, &place, weight_of(model, &place)?.clone())?;
+    }
+    Ok(rules)
+}
+
 /// Puts one rule into its layer, with its vectors checked against the weight.
 fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, weight: Weight) -> Result<(), MethodError> {
     let (outputs, inputs) = (weight.outputs(), weight.inputs());

@@ -2,7 +2,7 @@
 
 use crate::model::weights::Linear;
 use lacuna_core::{
-    plan::{Selector, Stage},
+    plan::{Cut, Selector, Stage},
     site::Proj,
     weight::{Orientation, Weight},
 };
@@ -64,6 +64,16 @@ impl NeuronRule {
     pub fn new(selector: Selector, down: Weight) -> Self {
         let channel_bytes = down.bytes().len() / down.inputs().max(1);
         Self { by: ChosenBy::Gate(Stage::Activated), selector, then: None, down, channel_bytes }
+    }
+
+    /// Whether the list is the same for every token, so that the gate is not needed to choose.
+    pub(super) fn is_fixed(&self) -> bool {
+        matches!(self.selector.cut, Cut::Listed { .. } | Cut::Prompt { .. })
+    }
+
+    /// Whether all rows of the first projection are computed before neurons are chosen.
+    pub(super) fn reads_gate(&self) -> bool {
+        matches!(self.by, ChosenBy::Gate(_)) && !self.is_fixed()
     }
 
     /// Bytes of the predictor, 0 without one.

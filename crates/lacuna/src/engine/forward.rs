@@ -123,7 +123,8 @@ impl Forward<'_> {
         self.block(layer, n);
     }
 
-    fn embed(&mut self, tokens: &[u32]) {
+    /// The embeddings of `tokens` become the residual stream.
+    pub fn embed(&mut self, tokens: &[u32]) {
         let model = &self.shared.model;
         let (spec, embed) = (&model.spec, model.embed.matrix());
         let x = sized(&mut self.ws.x, tokens.len() * spec.width);

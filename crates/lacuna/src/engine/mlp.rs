@@ -1,7 +1,7 @@
 //! The MLP of a block: gated or plain, dense or over the neurons that a plan keeps.
 
 use super::{
-    compiled::{ChosenBy, Counters, NeuronRule},
+    compiled::{Counters, NeuronRule},
     forward::{Forward, Mode, Site, Workspace, layer_plan, project, show, sized, sparsity},
     masked, prompt, rows,
     sparse::Neurons,
@@ -109,7 +109,7 @@ impl Forward<'_> {
         let Workspace { h, gate, up, y, linears, prompt, .. } = &mut *self.ws;
         let prompt = prompt::list(prompt, layer, rule, inner);
         let gate = sized(gate, n * inner);
-        if matches!(rule.by, ChosenBy::Gate(_)) {
+        if rule.reads_gate() {
             let first = if w.second.is_some() { Proj::Gate } else { Proj::Up };
             project(&place, linears, self.counters, (h, n), [(first, w.first, &mut *gate)]);
         }
@@ -136,7 +136,7 @@ impl Forward<'_> {
         let gate = sized(gate, n * inner);
         let first = if w.second.is_some() { Proj::Gate } else { Proj::Up };
         let mut unseen = Counters::new(self.counters.layers.len());
-        let by_gate = matches!(rule.by, ChosenBy::Gate(_));
+        let by_gate = rule.reads_gate();
         let counters = if by_gate { &mut *self.counters } else { &mut unseen };
         project(&place, linears, counters, (h, n), [(first, w.first, &mut *gate)]);
         let kept = masked::neurons(pool, linears, rule, (w.act, prompt), (h, n), gate);

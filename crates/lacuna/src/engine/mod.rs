@@ -201,7 +201,7 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
         }
         let Some(rule) = &rules.neurons else { continue };
         let by_rows = |l: &Linear| l.weight.orientation() == Orientation::OutputMajor;
-        let predicted = matches!(rule.by, ChosenBy::Predictor { .. });
+        let predicted = !rule.reads_gate();
         let fits = match &block.mlp {
             Mlp::Gated(g) => {
                 stands_in(&rule.down, &g.down.weight, orientation)

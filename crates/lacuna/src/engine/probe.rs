@@ -34,6 +34,29 @@ impl Probe {
         }
     }
 
+    /// The residual stream before the first block.
+    ///
+    /// # Errors
+    /// No tokens, or tokens outside the vocabulary.
+    pub fn embed(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let vocab = self.shared.model.spec.vocab;
+        if tokens.is_empty() || tokens.iter().any(|t| *t as usize >= vocab) {
+            return Err(Error::Argument { name: "tokens", problem: format!("none, or one outside of {vocab}") });
+        }
+        self.kv.truncate(0);
+        let mut forward = Forward {
+            shared: &self.shared,
+            places: Places::following(&mut self.kv, 0, tokens.len()),
+            ws: &mut self.ws,
+            counters: &mut self.counters,
+            observer: &mut Nobody,
+            plan: None,
+            mode: Mode::Prefill,
+        };
+        forward.embed(tokens);
+        Ok(self.ws.x.clone())
+    }
+
     /// What block `layer` makes of the residual stream `x` (rows of the tokens of one sequence), with every row through
     /// its own selection by `rules`; without rules, dense.
     ///

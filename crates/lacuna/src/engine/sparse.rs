@@ -192,6 +192,12 @@ impl Neurons<'_> {
         watch: &mut dyn FnMut(&[f32]),
     ) -> u64 {
         let selector = &self.rule.selector;
+        if self.rule.is_fixed() {
+            let list = if let Cut::Listed { list } = &selector.cut { list.positions() } else { self.prompt };
+            chosen.index.clear();
+            chosen.index.extend_from_slice(list);
+            return self.gates(pool, linears, x, chosen);
+        }
         match &self.rule.by {
             ChosenBy::Gate(Stage::Activated) => {
                 elementwise::act(self.act, gate);
@@ -207,13 +213,17 @@ impl Neurons<'_> {
             ChosenBy::Predictor { down, relu, up } => {
                 let scores = predict(pool, linears, x, (down, *relu, up));
                 chosen.select(selector, &scores, true, self.prompt);
-                chosen.value.resize(chosen.index.len(), 0.0);
-                rows(pool, linears, self.first, x, &chosen.index, &mut chosen.value);
-                elementwise::act(self.act, &mut chosen.value);
-                let predictor = down.weight.bytes().len() + up.weight.bytes().len();
-                (predictor + chosen.index.len() * self.first.weight.matrix().row_bytes()) as u64
+                self.rule.predictor_bytes() + self.gates(pool, linears, x, chosen)
             }
         }
+    }
+
+    /// Activated gates of the neurons in `chosen.index`; returns the bytes read.
+    fn gates(&self, pool: &Pool, linears: &mut Linears, x: &[f32], chosen: &mut Selection) -> u64 {
+        chosen.value.resize(chosen.index.len(), 0.0);
+        rows(pool, linears, self.first, x, &chosen.index, &mut chosen.value);
+        elementwise::act(self.act, &mut chosen.value);
+        (chosen.index.len() * self.first.weight.matrix().row_bytes()) as u64
     }
 }
 

@@ -1,11 +1,16 @@
 //! Methods that skip inputs of linear layers and neurons of the MLP.
 
 pub mod cats;
+pub mod cett;
 pub mod chess;
 mod common;
+pub mod core_neurons;
+pub mod drelu;
 pub mod fatrelu;
 mod prior;
+pub mod q_sparse;
 pub mod relu;
+pub mod spark;
 pub mod teal;
 pub mod topk;
 pub mod wina;
