@@ -45,6 +45,24 @@ impl MagnitudeHistogram {
         }
     }
 
+    /// Pairs of bin and count for the bins that are not empty, the zeros and the total, for storing.
+    pub fn parts(&self) -> (Vec<u64>, u64, u64) {
+        let filled = self.bins.iter().enumerate().filter(|(_, count)| **count > 0);
+        (filled.flat_map(|(bin, count)| [bin as u64, *count]).collect(), self.zeros, self.total)
+    }
+
+    /// The histogram of these parts; `None` if they contradict one another.
+    pub fn from_parts(pairs: &[u64], zeros: u64, total: u64) -> Option<Self> {
+        let mut h = Self { zeros, total, ..Self::default() };
+        let (pairs, rest) = pairs.as_chunks::<2>();
+        let mut sum = zeros;
+        for [bin, count] in pairs {
+            *h.bins.get_mut(usize::try_from(*bin).ok()?)? = *count;
+            sum = sum.checked_add(*count)?;
+        }
+        (rest.is_empty() && sum == total).then_some(h)
+    }
+
     /// Adds the counts of `other`; the order of merging does not matter.
     pub fn merge(&mut self, other: &Self) {
         for (a, b) in self.bins.iter_mut().zip(&other.bins) {

@@ -265,6 +265,11 @@ pub trait Method: Sync {
     /// # Errors
     /// If the model has nothing this method can skip, or statistics are missing or not finite.
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError>;
+
+    /// What a user should know of the entries it planned, such as how well something trained; by default nothing.
+    fn report(&self, _: &Params, _: PlanContext<'_>, _: &[Entry]) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 impl fmt::Debug for dyn Method {

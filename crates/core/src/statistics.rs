@@ -1,5 +1,7 @@
 //! What dense passes over a calibration text leave behind: histograms of scores, moments per channel, and sampled rows.
 
+pub mod stored;
+
 use crate::{histogram::MagnitudeHistogram, method::MethodError, observer::Observer, site::Point, tensor::Tensor};
 use std::{cmp::Ordering, collections::BTreeMap};
 

@@ -394,3 +394,115 @@ fn masked_passes_equal_decode_step_by_step() {
         }
     }
 }
+
+/// `||W (x - x')||` of every projection at the same kept bytes, averaged over tokens, for plans of several methods.
+fn layer_errors(model: &Arc<Model>, windows: &[Vec<u32>], plan: &Plan) -> Vec<((usize, Proj), f64)> {
+    struct Rows(std::collections::BTreeMap<Point, (usize, Vec<f32>)>);
+    impl Observer for Rows {
+        fn wants(&self, point: Point) -> bool {
+            matches!(point, Point::Input { .. })
+        }
+        fn observe(&mut self, point: Point, width: usize, values: &[f32]) {
+            let rows = self.0.entry(point).or_insert((width, vec![]));
+            rows.1.extend_from_slice(values);
+        }
+    }
+    let dense = engine(model, None);
+    let mut rows = Rows(Default::default());
+    windows.iter().for_each(|w| dense.session(0).unwrap().observe(w, &mut rows).unwrap());
+    let weights = calibrate::weights::ModelWeights::new(model.clone());
+    let shapes = calibrate::layer_shapes(&model.spec);
+    let mut all = Vec::new();
+    for entry in &plan.entries {
+        let Rule::Inputs { proj, selector, .. } = &entry.rule else { continue };
+        let point = Point::Input { layer: entry.layer, proj: shapes[entry.layer].observed_as(*proj) };
+        let (width, values) = &rows.0[&point];
+        let w = weights.matrix(entry.layer, *proj).unwrap();
+        let Cut::Above { threshold } = selector.cut else { continue };
+        let scale = selector.scale.as_ref().map(|s| s.values());
+        let error = |x: &[f32]| -> f64 {
+            let drop = |j: usize| x[j].abs() * scale.map_or(1.0, |s| s[j]) <= threshold;
+            let rest: Vec<f32> = (0..*width).map(|j| if drop(j) { x[j] } else { 0.0 }).collect();
+            w.chunks_exact(*width)
+                .map(|r| r.iter().zip(&rest).map(|(a, b)| a * b).sum::<f32>().powi(2) as f64)
+                .sum::<f64>()
+                .sqrt()
+        };
+        let rows: Vec<&[f32]> = values.chunks_exact(*width).step_by(7).collect();
+        all.push(((entry.layer, *proj), rows.iter().map(|x| error(x)).sum::<f64>() / rows.len() as f64));
+    }
+    all
+}
+
+/// WINA's claim: at the same kept share, weighing inputs with column norms leaves a smaller error of each product.
+/// Printed where it does not hold; it must on the whole.
+#[test]
+fn norms_leave_smaller_errors_than_magnitudes_on_a_trained_model() {
+    let Some(dir) = shared("models/lacuna-stories") else { return };
+    let model = model(&dir);
+    let Some(windows) = stories(&dir, 0..8, false) else { return };
+    let errors = |spec: &str| layer_errors(&model, &windows, &calibrated(spec, &model, &windows));
+    for share in [0.25, 0.5, 0.65] {
+        let teal = errors(&format!("teal={share}:prior=0"));
+        for kind in ["joint=0", "joint=1"] {
+            let wina = errors(&format!("wina={share}:{kind}:prior=0"));
+            let worse: Vec<_> = wina.iter().zip(&teal).filter(|(w, t)| w.1 > t.1 * 1.0001).collect();
+            let ratio = wina.iter().zip(&teal).map(|(w, t)| w.1 / t.1).sum::<f64>() / wina.len() as f64;
+            println!("{share} {kind}: error {ratio:.4} of TEAL's; worse at {} of {}", worse.len(), wina.len());
+            worse.iter().for_each(|(w, t)| println!("  layer {} {}: {:.4} against {:.4}", w.0.0, w.0.1, w.1, t.1));
+            assert!(ratio < 1.0, "{share} {kind}: {ratio}");
+        }
+    }
+}
+
+/// The quality of plans in masked passes: what every method costs at one share, and the order that papers claim.
+#[test]
+fn greedy_and_equal_error_searches_beat_uniform_shares_on_block_errors() {
+    let Some(dir) = shared("models/lacuna-stories") else { return };
+    let model = model(&dir);
+    let Some(windows) = stories(&dir, 0..3, false) else { return };
+    let dense = engine(&model, None);
+    let steps = registry::parse("teal=0.5").unwrap();
+    let mut subject = calibrate::Subject::new(&model);
+    let mut session = dense.session(0).unwrap();
+    let mut forward = |tokens: &[u32], observer: &mut dyn Observer| {
+        session.truncate(0);
+        session.observe(tokens, observer)
+    };
+    let mut statistics = lacuna_core::statistics::Statistics::default();
+    calibrate::gather(&steps, &subject, &mut forward, &windows, &mut statistics, &mut |_, _, _| {}).unwrap();
+    let short: Vec<Vec<u32>> = vec![windows[0][..64.min(windows[0].len())].to_vec()];
+    let dir = tempfile::tempdir().unwrap();
+    let stored = dir.path().join("s.json");
+    let found = {
+        let search = calibrate::search::Search {
+            step: &steps[0],
+            subject: &subject,
+            statistics: &statistics,
+            engine: &dense,
+            windows: &short,
+        };
+        let (budgets, found) = search.greedy((0.5, 0.1), Some(&stored), &mut |_, _| {}).unwrap();
+        let mut runs = 0;
+        let again = search.greedy((0.5, 0.1), Some(&stored), &mut |_, _| runs += 1).unwrap();
+        assert_eq!(
+            (again.0, again.1, runs),
+            (budgets.clone(), found.clone(), subject.layers.len()),
+            "taken from the file"
+        );
+        subject.budgets = budgets;
+        found
+    };
+    let better = found.iter().filter(|f| f.errors.0 <= f.errors.1).count();
+    found.iter().for_each(|f| println!("greedy {:.4}, uniform {:.4}", f.errors.0, f.errors.1));
+    assert!(better * 2 > found.len(), "greedy is better in {better} of {} blocks", found.len());
+    let (plan, _) = calibrate::plan(&steps, &subject, &statistics).unwrap();
+    for layer in 0..subject.layers.len() {
+        let shape = &subject.layers[layer];
+        let weight = |p: Proj| shape.projection(p).map_or(0.0, |(o, i)| (o * i) as f64);
+        let entries = plan.entries.iter().filter(|e| e.layer == layer);
+        let kept: f64 = entries.map(|e| f64::from(e.kept.unwrap()) * weight(e.rule.covers()[0])).sum();
+        let all: f64 = Proj::ALL.iter().map(|p| weight(*p)).sum();
+        assert!((kept / all - 0.5).abs() < 0.01, "layer {layer}: {}", kept / all);
+    }
+}

@@ -1,8 +1,9 @@
 //! The one list of methods, and how names in recipes and on command lines become methods with checked parameters.
 
 use crate::activations::{
-    cats::Cats, cett::Cett, chess::Chess, core_neurons::CoreNeurons, drelu::DRelu, fatrelu::FatRelu, q_sparse::QSparse,
-    relu::Relu, spark::Spark, teal::Teal, topk::TopK, wina::Wina,
+    cats::Cats, cett::Cett, chess::Chess, core_neurons::CoreNeurons, drelu::DRelu, fatrelu::FatRelu,
+    predictor::Predictor, q_sparse::QSparse, r_sparse::RSparse, relu::Relu, spark::Spark, teal::Teal, topk::TopK,
+    wina::Wina,
 };
 use lacuna_core::{
     method::{Method, MethodError, Params},
@@ -22,8 +23,10 @@ pub static METHODS: &[&dyn Method] = &[
     &Chess,
     &Teal,
     &Wina,
+    &RSparse,
     &QSparse,
     &Cett,
+    &Predictor,
 ];
 
 /// A step with its method found and its parameters checked.

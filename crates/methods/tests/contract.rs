@@ -20,6 +20,8 @@ use std::collections::BTreeMap;
 const WIDTH: usize = 64;
 const INNER: usize = 96;
 const TOKENS: usize = 500;
+/// The predictor is trained in these tests no longer than it must be.
+const QUICK: (&str, f64) = ("epochs", 1.0);
 const BUDGETS: [f64; 6] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.95];
 
 fn layers() -> Vec<LayerShape> {
@@ -101,7 +103,11 @@ fn planned(method: &dyn Method, params: &Params) -> Vec<Entry> {
 /// Every budget of a method: its first parameter if that is a sparsity, else the method as it is.
 fn budgets(method: &dyn Method) -> Vec<(Option<f64>, Params)> {
     match method.params().first().filter(|p| p.name == "sparsity") {
-        Some(p) => BUDGETS.iter().map(|b| (Some(*b), Params::new(method, [(p.name, *b)]).unwrap())).collect(),
+        Some(p) => {
+            let quick = method.params().iter().any(|p| p.name == QUICK.0).then_some(QUICK);
+            let params = |b: &f64| Params::new(method, [(p.name, *b)].into_iter().chain(quick)).unwrap();
+            BUDGETS.iter().map(|b| (Some(*b), params(b))).collect()
+        }
         None => vec![(None, Params::new(method, []).unwrap())],
     }
 }
@@ -125,6 +131,9 @@ fn selected_point(entry: &Entry) -> Point {
 
 /// Entries kept of all tokens of the calibration data.
 fn kept_share(entry: &Entry) -> f64 {
+    if let (Rule::Predicted { .. }, Cut::Top { count }) = (&entry.rule, &entry.rule.selector().cut) {
+        return *count as f64 / INNER as f64;
+    }
     let (width, values) = data(selected_point(entry));
     let signed = matches!(entry.rule, Rule::Neurons { on: Stage::Gate, .. });
     let rows = values.chunks_exact(width);
@@ -138,7 +147,11 @@ fn dropped_weights(entries: &[Entry], kept: &[f64], layer: usize) -> f64 {
     for (entry, kept) in entries.iter().zip(kept).filter(|(e, _)| e.layer == layer) {
         let shapes = entry.rule.covers().iter().filter_map(|p| layers()[layer].projection(*p));
         let weight: usize = shapes.map(|(o, i)| o * i).sum();
-        dropped += (1.0 - kept) * weight as f64;
+        let rank = match &entry.rule {
+            Rule::Inputs { low_rank: Some(l), .. } => l.down.to_f32().len() + l.up.to_f32().len(),
+            _ => 0,
+        };
+        dropped += (1.0 - kept) * weight as f64 - rank as f64;
         all += weight as f64;
     }
     dropped / all

@@ -47,7 +47,8 @@ impl Checkpoint {
     /// A finished layer; `None` too if what is stored cannot be meant.
     pub fn layer(&self, layer: usize) -> Option<LayerFound> {
         let stored = self.stored.layers.get(&layer)?;
-        let valid = |(name, share): (&String, &f64)| Some((Proj::parse(name)?, *share)).filter(|s| (0.0..1.0).contains(&s.1));
+        let valid =
+            |(name, share): (&String, &f64)| Some((Proj::parse(name)?, *share)).filter(|s| (0.0..1.0).contains(&s.1));
         let dropped = stored.dropped.iter().map(valid).collect::<Option<BTreeMap<_, _>>>()?;
         Some(LayerFound { errors: stored.errors, dropped })
     }

@@ -3,9 +3,13 @@
 //! [`calibrate`] does it all. The pass itself is a closure, so that the engine, the reference and tests can be calibrated.
 
 mod checkpoint;
+pub mod percent;
+mod resume;
 pub mod search;
 pub mod store;
 pub mod weights;
+
+pub use resume::Resume;
 
 use crate::{
     engine::sampler::Rng,
@@ -166,12 +170,28 @@ pub fn gather(
     statistics: &mut Statistics,
     progress: &mut dyn FnMut(usize, usize, usize),
 ) -> Result<()> {
+    gather_resumable(steps, subject, forward, windows, (statistics, None), progress)
+}
+
+/// [`gather`] whose passes go on where killed ones stopped.
+///
+/// # Errors
+/// As [`calibrate`].
+pub fn gather_resumable(
+    steps: &[Resolved],
+    subject: &Subject,
+    forward: &mut Pass<'_>,
+    windows: &[Vec<u32>],
+    (statistics, resume): (&mut Statistics, Option<&Resume>),
+    progress: &mut dyn FnMut(usize, usize, usize),
+) -> Result<()> {
     for pass in 0..MAX_PASSES {
         let missing = statistics.missing(&subject.needs(steps, statistics).observations);
         if missing.is_empty() || windows.is_empty() {
             break;
         }
-        statistics.absorb(observe(forward, windows, missing, |done, all| progress(pass, done, all))?);
+        let mut progress = |done, all| progress(pass, done, all);
+        statistics.absorb(resume::observe_resumable(forward, windows, missing, resume, &mut progress)?);
     }
     Ok(())
 }
@@ -187,16 +207,7 @@ pub fn observe(
     observations: Vec<Observation>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Statistics> {
-    let mut statistics = Statistics::new(observations);
-    let total = windows.iter().map(Vec::len).sum();
-    let mut done = 0;
-    for window in windows {
-        forward(window, &mut statistics)?;
-        statistics.check()?;
-        done += window.len();
-        progress(done, total);
-    }
-    Ok(statistics)
+    resume::observe_resumable(forward, windows, observations, None, &mut progress)
 }
 
 /// The plan of `steps`, and notes for the user on entries that an earlier step had decided already.
@@ -210,6 +221,8 @@ pub fn plan(
 ) -> Result<(Plan, Vec<String>), MethodError> {
     let ctx = subject.context(statistics);
     let lists = steps.iter().map(|s| s.method.plan(&s.params, ctx)).collect::<Result<Vec<_>, _>>()?;
+    let reports = steps.iter().zip(&lists).flat_map(|(s, entries)| s.method.report(&s.params, ctx, entries));
+    let mut notes: Vec<String> = reports.collect();
     let (entries, left_out) = compose(lists);
     let plan = Plan {
         version: PLAN_VERSION,
@@ -218,9 +231,10 @@ pub fn plan(
         calibration_tokens: statistics.tokens() as usize,
         entries,
     };
-    let note = (!left_out.is_empty())
-        .then(|| format!("{} entries of later methods are left out: an earlier one decides there", left_out.len()));
-    Ok((plan, note.into_iter().collect()))
+    if !left_out.is_empty() {
+        notes.push(format!("{} entries of later methods are left out: an earlier one decides there", left_out.len()));
+    }
+    Ok((plan, notes))
 }
 
 /// The methods and their parameters in the short form, `relu,teal=0.4`.

@@ -112,6 +112,17 @@ impl Search<'_> {
         Ok(LayerFound { errors: (error, uniform), dropped: places.collect() })
     }
 
+    /// The same share at every place of every layer.
+    pub fn everywhere(subject: &Subject, share: f64) -> Budgets {
+        let places = |l: usize| Proj::ALL.map(|p| ((l, p), share));
+        Budgets { dropped: (0..subject.layers.len()).flat_map(places).collect() }
+    }
+
+    /// A name for what is searched, for the file of its state.
+    pub fn name(&self) -> String {
+        self.key("search")[..24].to_owned()
+    }
+
     /// Relative errors `||sparse - dense|| / ||dense||` of every block at shares from 0.1 to 0.9, the same at all places.
     ///
     /// # Errors

@@ -203,9 +203,15 @@ fn weight_of<'m>(model: &'m Model, place: &Place<'_>) -> Result<&'m Weight, Meth
 fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option<String> {
     let (format, _) = copy_format(weight);
     let limit = break_even.share(format);
-    entry.kept.filter(|k| *k > limit)?;
+    entry.kept.filter(|k| *k + low_rank_share(&entry.rule, weight) > limit)?;
     let place = entry.rule.place();
     Some(format!("{place} stays dense: more than {limit:.2} is kept, the break-even share of {}", format.name()))
+}
+
+/// Bytes of a rule's low-rank part relative to those of the weight.
+fn low_rank_share(rule: &Rule, weight: &Weight) -> f32 {
+    let Rule::Inputs { low_rank: Some(l), .. } = rule else { return 0.0 };
+    (l.down.bytes().len() + l.up.bytes().len()) as f32 / weight.bytes().len().max(1) as f32
 }
 
 fn copy_format(weight: &Weight) -> (Format, Option<String>) {

@@ -113,7 +113,8 @@ impl Tail<'_> {
     fn threshold(&self, error: f64) -> f32 {
         let full = self.outputs(f32::NEG_INFINITY, true);
         let sizes: Vec<f64> = full.iter().map(|y| norm(y)).collect();
-        let mut scores: Vec<f32> = self.rows.values.iter().zip(self.norms.iter().cycle()).map(|(h, c)| (h * c).abs()).collect();
+        let mut scores: Vec<f32> =
+            self.rows.values.iter().zip(self.norms.iter().cycle()).map(|(h, c)| (h * c).abs()).collect();
         scores.sort_unstable_by(f32::total_cmp);
         let (mut factor, mut best) = (1.0, 0.0_f32);
         for _ in 0..3 {

@@ -58,7 +58,8 @@ impl Method for DRelu {
         let mut entries = Vec::new();
         for (layer, _) in mlp_layers(&ctx) {
             if let Some(mlp) = ctx.layers[layer].mlp.as_ref().filter(|m| !m.exact_zeros) {
-                let reason = format!("its activation is `{}`; `drelu` needs relu or relu2 (use `cats` here)", mlp.activation);
+                let reason =
+                    format!("its activation is `{}`; `drelu` needs relu or relu2 (use `cats` here)", mlp.activation);
                 return not_applicable(self, reason);
             }
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.nonzero_share() as f32);

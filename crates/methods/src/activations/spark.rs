@@ -6,7 +6,7 @@
 //! stays). The kept share is `k/d` only where `z` is about normal: heavy tails keep more or less, which the counters of
 //! `bench` show. Small negative gates are dropped first, so on SiLU it keeps the open half before anything else.
 
-use super::common::{SPARSITY, mlp_layers, not_applicable};
+use super::common::{SPARSITY, mlp_layers, not_applicable, top};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector, Stage},
@@ -98,10 +98,10 @@ impl Method for Spark {
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
         ctx.statistics.check()?;
         let mut entries = Vec::new();
-        for (layer, _) in mlp_layers(&ctx) {
+        for (layer, inner) in mlp_layers(&ctx) {
             let dropped = ctx.dropped(layer, Proj::Up, params.get("sparsity"));
             let rule = if dropped <= 0.0 {
-                Rule::neurons(Selector::non_zero())
+                Rule::neurons(top(inner, None, 0.0).0)
             } else {
                 let multiple = normal_quantile(dropped) as f32;
                 let selector = Selector { scale: None, cut: Cut::Gaussian { multiple } };
@@ -123,7 +123,9 @@ mod tests {
 
     #[test]
     fn quantiles_of_the_normal_distribution() {
-        for (p, q) in [(0.5, 0.0), (0.95, 1.644854), (0.92, 1.405072), (0.05, -1.644854), (0.999, 3.090232), (0.01, -2.326348)] {
+        for (p, q) in
+            [(0.5, 0.0), (0.95, 1.644854), (0.92, 1.405072), (0.05, -1.644854), (0.999, 3.090232), (0.01, -2.326348)]
+        {
             assert!((normal_quantile(p) - q).abs() < 1e-5, "{p}: {}", normal_quantile(p));
         }
     }
