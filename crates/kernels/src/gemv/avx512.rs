@@ -45,7 +45,7 @@ pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
 /// 64 bytes from `AT` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn at512<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m512i {
+pub(super) fn at512<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m512i {
     const { assert!(AT + 64 <= N) };
     // SAFETY: the assertion keeps the read inside the array.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().add(AT).cast()) }
@@ -54,7 +54,7 @@ fn at512<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m512i {
 /// 32 bytes from `AT` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn at256<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m256i {
+pub(super) fn at256<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m256i {
     const { assert!(AT + 32 <= N) };
     // SAFETY: the assertion keeps the read inside the array.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().add(AT).cast()) }
@@ -63,14 +63,14 @@ fn at256<const AT: usize, const N: usize>(bytes: &[u8; N]) -> __m256i {
 /// 32 bytes from `A` on, then 32 bytes from `B` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pair<const A: usize, const B: usize, const N: usize>(bytes: &[u8; N]) -> __m512i {
+pub(super) fn pair<const A: usize, const B: usize, const N: usize>(bytes: &[u8; N]) -> __m512i {
     _mm512_inserti64x4::<1>(_mm512_castsi256_si512(at256::<A, N>(bytes)), at256::<B, N>(bytes))
 }
 
 /// 64 codes of the vector from `AT` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn codes<const AT: usize, const N: usize>(q: &[i8; N]) -> __m512i {
+pub(super) fn codes<const AT: usize, const N: usize>(q: &[i8; N]) -> __m512i {
     const { assert!(AT + 64 <= N) };
     // SAFETY: the assertion keeps the read inside the array.
     unsafe { _mm512_loadu_si512(q.as_ptr().add(AT).cast()) }
@@ -78,7 +78,7 @@ fn codes<const AT: usize, const N: usize>(q: &[i8; N]) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn lanes<const AT: usize, const N: usize>(v: &[i32; N]) -> __m512i {
+pub(super) fn lanes<const AT: usize, const N: usize>(v: &[i32; N]) -> __m512i {
     const { assert!(AT + 16 <= N) };
     // SAFETY: the assertion keeps the read inside the array.
     unsafe { _mm512_loadu_si512(v.as_ptr().add(AT).cast()) }
@@ -86,7 +86,7 @@ fn lanes<const AT: usize, const N: usize>(v: &[i32; N]) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn floats<const AT: usize, const N: usize>(v: &[f32; N]) -> __m512 {
+pub(super) fn floats<const AT: usize, const N: usize>(v: &[f32; N]) -> __m512 {
     const { assert!(AT + 16 <= N) };
     // SAFETY: the assertion keeps the read inside the array.
     unsafe { _mm512_loadu_ps(v.as_ptr().add(AT)) }
@@ -198,7 +198,7 @@ fn dot_q8_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
 /// Sixteen word numbers, each of `from` repeated `times` times.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn words<const N: usize>(from: [i16; N], times: usize) -> __m512i {
+pub(super) fn words<const N: usize>(from: [i16; N], times: usize) -> __m512i {
     let mut all = [0_i16; 32];
     for (i, w) in all[..N * times].iter_mut().enumerate() {
         *w = from[i / times];
@@ -210,14 +210,14 @@ fn words<const N: usize>(from: [i16; N], times: usize) -> __m512i {
 /// Sixteen of the f16 in `bytes`, chosen by `pick`, widened.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn scales(bytes: __m512i, pick: __m512i) -> __m512 {
+pub(super) fn scales(bytes: __m512i, pick: __m512i) -> __m512 {
     _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(pick, bytes)))
 }
 
 /// The upper nibble of every byte, shifted down: an 8x8 bit matrix that moves bits 4-7 to 0-3.
 #[inline]
 #[target_feature(enable = "avx512f,gfni")]
-fn high_nibbles(bytes: __m512i) -> __m512i {
+pub(super) fn high_nibbles(bytes: __m512i) -> __m512i {
     // Byte 7 - i of the matrix selects the bits that make result bit i.
     let matrix = _mm512_set1_epi64(0x1020_4080_0000_0000);
     _mm512_gf2p8affine_epi64_epi8::<0>(bytes, matrix)
@@ -253,7 +253,7 @@ fn dot_q4_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
 }
 
 #[inline]
-fn half(bytes: [u8; 2]) -> f32 {
+pub(super) fn half(bytes: [u8; 2]) -> f32 {
     f16::from_le_bytes(bytes).to_f32()
 }
 
@@ -300,7 +300,7 @@ fn dot_q4k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     out
 }
 
-fn as_bytes(q: &[i8; 256]) -> &[u8; 256] {
+pub(super) fn as_bytes(q: &[i8; 256]) -> &[u8; 256] {
     // SAFETY: i8 and u8 have the same size and alignment, and every bit pattern is valid for both.
     unsafe { &*std::ptr::from_ref(q).cast() }
 }
@@ -348,7 +348,7 @@ fn dot_q6k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
 /// The 128 codes (0 to 63) of one half of a Q6_K super-block, in natural order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,gfni")]
-fn q6k_half(ql: __m512i, qh: __m256i) -> [__m512i; 2] {
+pub(super) fn q6k_half(ql: __m512i, qh: __m256i) -> [__m512i; 2] {
     let qh = _mm512_broadcast_i64x4(qh);
     let halves = |a, b| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set1_epi16(a)), _mm256_set1_epi16(b));
     let bits = _mm512_set1_epi8(0x30);

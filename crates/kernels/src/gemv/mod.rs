@@ -9,6 +9,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod multi;
+#[cfg(target_arch = "x86_64")]
+mod multi512;
 mod operand;
 mod scalar;
 #[cfg(test)]

@@ -3,11 +3,13 @@
 //! Each result has the bits that [`super::run`] gives for its vector alone, so that a token's logits do not depend on
 //! the tokens that are computed beside it.
 
+#[cfg(target_arch = "x86_64")]
+use super::multi512;
 use super::{CLAIM_BYTES, CLAIMS, Operand, Rows, WIDE, compute};
 use crate::{Isa, Matrix, Pool, isa};
 
-/// Bytes of weights that are used for all vectors before the next ones are read: they stay in the first cache.
-const BLOCK_BYTES: usize = 16 << 10;
+/// Bytes of weights that are used for all vectors before the next ones are read: they stay in the second cache.
+const BLOCK_BYTES: usize = 64 << 10;
 
 /// The products `y_i = W x_i` of some vectors.
 pub struct Job<'a> {
@@ -81,23 +83,38 @@ impl<'a> Part<'a> {
     }
 
     fn run_claim(&self, isa: Isa, claim: usize) {
-        let end = self.w.rows().min((claim + 1) * self.per_claim);
-        let block = match self.x {
-            [_] => self.per_claim,
-            _ => (BLOCK_BYTES / self.w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE),
+        let start = claim * self.per_claim;
+        let len = self.per_claim.min(self.w.rows() - start);
+        let slice = |i: usize| {
+            // SAFETY: `start + len` is at most the number of rows, and there are as many rows of results as vectors;
+            // every claim runs once and covers its own rows of the matrix, so the slices do not overlap.
+            unsafe { std::slice::from_raw_parts_mut(self.y.add(i * self.w.rows() + start), len) }
         };
-        let mut start = claim * self.per_claim;
-        while start < end {
-            let len = block.min(end - start);
-            let rows = Rows { w: self.w, index: None, start, len };
-            for (i, x) in self.x.iter().enumerate() {
-                // SAFETY: `start + len` is at most the number of rows, and there are as many rows of results as
-                // vectors; every claim runs once and covers its own rows of the matrix, so the slices do not overlap.
-                let y = unsafe { std::slice::from_raw_parts_mut(self.y.add(i * self.w.rows() + start), len) };
-                compute(isa, &rows, x, y);
-            }
-            start += len;
+        let mut ys: Vec<&mut [f32]> = (0..self.x.len()).map(slice).collect();
+        let rows = Rows { w: self.w, index: None, start, len };
+        match (isa, self.x) {
+            (_, [x]) => compute(isa, &rows, x, ys[0]),
+            // SAFETY: `run_on` has checked that the CPU has this instruction set.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Amx, _) if multi512::serves(self.w.format()) => unsafe {
+                multi512::compute(&rows, self.x, &mut ys);
+            },
+            _ => in_blocks(isa, &rows, self.x, &mut ys),
         }
+    }
+}
+
+/// One vector after the other over pieces of the claim that stay in a cache.
+fn in_blocks(isa: Isa, rows: &Rows, xs: &[&Operand], ys: &mut [&mut [f32]]) {
+    let block = (BLOCK_BYTES / rows.w.row_bytes().max(1)).next_multiple_of(WIDE).max(WIDE);
+    let mut first = 0;
+    while first < rows.len {
+        let len = block.min(rows.len - first);
+        let piece = Rows { start: rows.start + first, len, ..*rows };
+        for (x, y) in xs.iter().zip(ys.iter_mut()) {
+            compute(isa, &piece, x, &mut y[first..first + len]);
+        }
+        first += len;
     }
 }
 
