@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod decoding;
 mod open;
 mod report;
 mod sparse;

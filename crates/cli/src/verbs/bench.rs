@@ -1,9 +1,11 @@
-//! `lacuna bench`: llama-bench's tests and row form, with the plan, its density and what was read.
+//! `lacuna bench`: llama-bench's tests and row form, with the plan, its density and what was read; also several
+//! conversations in one pass, and decoding by guesses.
 
 use super::run::{dense_bytes, kept};
 use crate::{
     Outcome,
     args::{Kv, LoadArgs, LoadMode},
+    decoding::Spec,
     open::{self, Place},
     sparse,
     table::Table,
@@ -11,7 +13,14 @@ use crate::{
 };
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use lacuna::engine::{Engine, Session, sampler::Rng};
+use lacuna::{
+    engine::{
+        Engine, Session,
+        decoding::DecodingStats,
+        sampler::{Rng, Sampler, SamplerOptions},
+    },
+    tokenizer::Tokenizer,
+};
 use lacuna_kernels::{isa, probe::StreamProbe};
 use serde::Serialize;
 use std::{
@@ -51,6 +60,19 @@ pub struct Args {
     /// Methods to run, as for `run`; `dense` for none. May be given several times.
     #[arg(long, value_name = "SPEC", env = "LACUNA_SPARSE")]
     sparse: Vec<String>,
+    /// Conversations that generate together, one token each in a pass; t/s counts the tokens of all.
+    #[arg(long, value_delimiter = ',', default_value = "1", env = "LACUNA_STREAMS")]
+    streams: Vec<usize>,
+    /// Generate greedily behind --draft-prompt instead of random tokens, by guesses as `run --draft` takes them, or
+    /// `plain`. Every repetition starts without candidates.
+    #[arg(long, value_name = "SPEC", value_delimiter = ',', env = "LACUNA_DRAFT")]
+    draft: Vec<Spec>,
+    /// The prompt of tests with --draft.
+    #[arg(long, value_name = "TEXT", default_value = "Once upon a time", env = "LACUNA_DRAFT_PROMPT")]
+    draft_prompt: String,
+    /// Most tokens checked in one pass of tests with --draft.
+    #[arg(long, value_name = "N", env = "LACUNA_DRAFT_MAX")]
+    draft_max: Option<usize>,
     /// Form of the output.
     #[arg(short, long, value_enum, default_value = "md", env = "LACUNA_OUTPUT")]
     output: Output,
@@ -85,6 +107,8 @@ struct Row {
     n_prompt: usize,
     n_gen: usize,
     n_depth: usize,
+    n_streams: usize,
+    draft: Option<String>,
     test: String,
     plan: String,
     /// Bytes read per decoded token over those of the dense model.
@@ -95,6 +119,9 @@ struct Row {
     /// Bandwidth of a plain streaming read on the same threads, measured before and after, in GB/s.
     stream_gb_per_s: Option<[f64; 2]>,
     stream_share: Option<f64>,
+    /// Tokens per checking pass, and bytes of weights per token over those of one pass.
+    accepted_length: Option<f64>,
+    effective_density: Option<f64>,
     avg_ns: u64,
     stddev_ns: u64,
     avg_ts: f64,
@@ -109,14 +136,23 @@ struct Test {
     prompt: usize,
     generate: usize,
     depth: usize,
+    streams: usize,
+    draft: Option<Spec>,
 }
 
 impl Test {
     fn name(&self) -> String {
-        let base = if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) };
+        let mut base = if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) };
+        if self.streams > 1 {
+            base += &format!(" x{}", self.streams);
+        }
+        if let Some(draft) = &self.draft {
+            base += &format!(" {draft}");
+        }
         if self.depth > 0 { format!("{base} @ d{}", self.depth) } else { base }
     }
 
+    /// Tokens of one conversation.
     fn tokens(&self) -> usize {
         self.prompt + self.generate
     }
@@ -128,6 +164,12 @@ pub fn run(args: Args) -> Result<Outcome> {
         bail!("`-r 0`: at least one repetition is needed");
     }
     let tests = tests(&args);
+    if args.streams.contains(&0) {
+        bail!("`--streams 0`: at least one conversation is needed");
+    }
+    if !args.draft.is_empty() && args.n_depth.iter().any(|d| *d > 0) {
+        bail!("tests with --draft begin behind their prompt: leave out -d");
+    }
     if tests.is_empty() {
         bail!("nothing to measure: -p and -n are both 0");
     }
@@ -144,10 +186,17 @@ pub fn run(args: Args) -> Result<Outcome> {
 fn tests(args: &Args) -> Vec<Test> {
     let mut list = Vec::new();
     for &depth in &args.n_depth {
-        let prompts = args.n_prompt.iter().map(|&prompt| Test { prompt, generate: 0, depth });
-        let generate = args.n_gen.iter().map(|&generate| Test { prompt: 0, generate, depth });
-        list.extend(prompts.chain(generate).filter(|t| t.tokens() > 0));
+        let base = Test { prompt: 0, generate: 0, depth, streams: 1, draft: None };
+        if args.draft.is_empty() {
+            list.extend(args.n_prompt.iter().map(|&prompt| Test { prompt, ..base }));
+        }
+        for &generate in &args.n_gen {
+            let streams = args.streams.iter().map(|&streams| Test { generate, streams, ..base });
+            let drafts = args.draft.iter().map(|&draft| Test { generate, draft: Some(draft), ..base });
+            list.extend(drafts.chain(streams.filter(|_| args.draft.is_empty())));
+        }
     }
+    list.retain(|t| t.tokens() > 0);
     list
 }
 
@@ -178,6 +227,7 @@ fn bench_model(args: &Args, name: Option<&str>, tests: &[Test], rows: &mut Vec<R
     let facts = Facts::of(&place, &checkpoint);
     let most = tests.iter().map(|t| t.depth + t.tokens()).max().unwrap_or(0);
     open::context(Some(most), &checkpoint.spec)?;
+    let tokenizer = (!args.draft.is_empty()).then(|| open::tokenizer(&place, &checkpoint)).transpose()?;
     let model = Arc::new(checkpoint.bind()?);
     let threads = if args.threads.is_empty() { vec![None] } else { args.threads.iter().copied().map(Some).collect() };
     let plans = if args.sparse.is_empty() { vec!["dense".to_owned()] } else { args.sparse.clone() };
@@ -191,7 +241,9 @@ fn bench_model(args: &Args, name: Option<&str>, tests: &[Test], rows: &mut Vec<R
                 None => (dense.clone(), "dense".to_owned()),
             };
             for test in tests {
-                let row = bench_test(&Case { args, facts: &facts, engine: &engine, plan: &plan, stream }, *test)?;
+                let tokenizer = tokenizer.as_ref();
+                let case = Case { args, facts: &facts, engine: &engine, plan: &plan, stream, tokenizer };
+                let row = bench_test(&case, *test)?;
                 if args.output == Output::Jsonl {
                     writeln!(stdout(), "{}", serde_json::to_string(&row)?)?;
                 }
@@ -231,30 +283,29 @@ struct Case<'a> {
     engine: &'a Engine,
     plan: &'a str,
     stream: Option<&'a StreamProbe>,
+    tokenizer: Option<&'a Tokenizer>,
+}
+
+/// What the repetitions of a test gave.
+struct Measured {
+    seconds: Vec<f64>,
+    /// Bytes read per generated token.
+    bytes: Option<f64>,
+    kept: BTreeMap<String, f64>,
+    stats: Option<DecodingStats>,
 }
 
 fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
     let Case { args, facts, engine, .. } = case;
-    let mut session = engine.session(test.depth + test.tokens())?;
-    let mut rng = Rng::new(test.tokens() as u64);
-    let vocab = engine.model().spec.vocab as u64;
-    let mut random = |n: usize| (0..n).map(|_| (rng.next_u64() % vocab) as u32).collect::<Vec<_>>();
-    let (filling, tokens) = (random(test.depth), random(test.tokens()));
-    if test.depth > 0 {
-        session.prefill(&filling)?;
-    }
-    if !args.no_warmup {
-        once(&mut session, test, &tokens)?;
-    }
     let probe = || case.stream.filter(|_| test.generate > 0).map(|p| p.read(engine.pool()) / 1e9);
     let before = probe();
-    session.reset_counters();
-    let samples = (0..args.repetitions).map(|_| once(&mut session, test, &tokens)).collect::<Result<Vec<f64>>>()?;
+    let Measured { seconds, bytes, kept, stats } = match (test.draft, case.tokenizer) {
+        (Some(draft), Some(tokenizer)) => guess(case, test, draft, tokenizer)?,
+        _ => replay(case, test)?,
+    };
     let stream = before.zip(probe()).map(|(a, b)| [a, b]);
-    let counters = session.counters();
-    let bytes = (test.generate > 0).then(|| counters.bytes_per_token());
-    let speeds: Vec<f64> = samples.iter().map(|s| test.tokens() as f64 / s).collect();
-    let nanos: Vec<f64> = samples.iter().map(|s| s * 1e9).collect();
+    let speeds: Vec<f64> = seconds.iter().map(|s| (test.tokens() * test.streams) as f64 / s).collect();
+    let nanos: Vec<f64> = seconds.iter().map(|s| s * 1e9).collect();
     let ((avg_ts, stddev_ts), (avg_ns, stddev_ns)) = (mean_sd(&speeds), mean_sd(&nanos));
     let gb_per_s = bytes.map(|b| b * avg_ts / 1e9);
     let kv = format!("{:?}", args.kv).to_lowercase();
@@ -271,14 +322,18 @@ fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
         n_prompt: test.prompt,
         n_gen: test.generate,
         n_depth: test.depth,
+        n_streams: test.streams,
+        draft: test.draft.map(|d| d.to_string()),
         test: test.name(),
         plan: case.plan.to_owned(),
         density: bytes.map(|b| b / dense_bytes(engine, test.depth, test.depth + test.generate)),
-        kept: kept(counters).into_iter().collect(),
+        kept,
         bytes_per_token: bytes,
         gb_per_s,
         stream_gb_per_s: stream,
         stream_share: stream.zip(gb_per_s).map(|([a, b], used)| used / ((a + b) / 2.0)),
+        accepted_length: stats.map(|s| s.accepted_length()),
+        effective_density: stats.map(|s| s.effective_density()),
         avg_ns: avg_ns as u64,
         stddev_ns: stddev_ns as u64,
         avg_ts,
@@ -288,18 +343,88 @@ fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
     })
 }
 
+/// Random tokens, given: prompts, or steps of one or more conversations.
+fn replay(case: &Case<'_>, test: Test) -> Result<Measured> {
+    let Case { args, engine, .. } = case;
+    let mut rng = Rng::new(test.tokens() as u64);
+    let vocab = engine.model().spec.vocab as u64;
+    let mut random = |n: usize| (0..n).map(|_| (rng.next_u64() % vocab) as u32).collect::<Vec<_>>();
+    let filling = random(test.depth);
+    let mut sessions = Vec::new();
+    let mut tokens = Vec::new();
+    for _ in 0..test.streams {
+        let mut session = engine.session(test.depth + test.tokens())?;
+        if test.depth > 0 {
+            session.prefill(&filling)?;
+        }
+        sessions.push(session);
+        tokens.push(random(test.tokens()));
+    }
+    if !args.no_warmup {
+        once(engine, &mut sessions, test, &tokens)?;
+    }
+    sessions.iter_mut().for_each(Session::reset_counters);
+    let seconds =
+        (0..args.repetitions).map(|_| once(engine, &mut sessions, test, &tokens)).collect::<Result<Vec<f64>>>()?;
+    let read: u64 = sessions.iter().map(|s| s.counters().weight_bytes + s.counters().kv_bytes).sum();
+    let decoded = args.repetitions * test.generate * test.streams;
+    let bytes = (test.generate > 0).then(|| read as f64 / decoded as f64);
+    let kept = sessions.first().map(|s| kept(s.counters()).into_iter().collect()).unwrap_or_default();
+    Ok(Measured { seconds, bytes, kept, stats: None })
+}
+
 /// Runs the test from its depth on and returns the seconds.
-fn once(session: &mut Session, test: Test, tokens: &[u32]) -> Result<f64> {
-    session.truncate(test.depth);
+fn once(engine: &Engine, sessions: &mut [Session], test: Test, tokens: &[Vec<u32>]) -> Result<f64> {
+    sessions.iter_mut().for_each(|s| s.truncate(test.depth));
     let start = Instant::now();
-    if test.prompt > 0 {
-        session.prefill(tokens)?;
-    } else {
-        for &token in tokens {
-            session.decode(token)?;
+    match sessions {
+        [session] if test.prompt > 0 => drop(session.prefill(&tokens[0])?.len()),
+        [session] => {
+            for &token in &tokens[0] {
+                session.decode(token)?;
+            }
+        }
+        _ => {
+            for i in 0..test.generate {
+                let mut rows: Vec<_> = sessions.iter_mut().zip(tokens).map(|(s, t)| (s, t[i])).collect();
+                engine.decode_batch(&mut rows)?;
+            }
         }
     }
     Ok(start.elapsed().as_secs_f64())
+}
+
+/// Greedy text behind the prompt, by `draft`.
+fn guess(case: &Case<'_>, test: Test, draft: Spec, tokenizer: &Tokenizer) -> Result<Measured> {
+    let Case { args, engine, .. } = case;
+    let prompt = tokenizer.encode(&args.draft_prompt, true)?;
+    let mut session = engine.session(0)?;
+    let most = session.context().saturating_sub(prompt.len());
+    if test.generate > most {
+        bail!("-n {}: only {most} positions are left behind the prompt", test.generate);
+    }
+    let mut stats = DecodingStats::default();
+    let mut once = || -> Result<f64> {
+        session.truncate(0);
+        let mut decoder = draft.decoder(args.draft_max, case.plan != "dense")?;
+        let mut sampler = Sampler::new(SamplerOptions::greedy())?;
+        let mut last = sampler.sample(session.prefill(&prompt)?);
+        let start = Instant::now();
+        for _ in 0..test.generate {
+            last = decoder.next(&mut session, last, &mut sampler, &|_| false)?;
+        }
+        stats = *decoder.stats();
+        Ok(start.elapsed().as_secs_f64())
+    };
+    if !args.no_warmup {
+        once()?;
+    }
+    let seconds = (0..args.repetitions).map(|_| once()).collect::<Result<Vec<f64>>>()?;
+    let runs = args.repetitions + usize::from(!args.no_warmup);
+    let counters = session.counters();
+    let bytes = (counters.weight_bytes + counters.kv_bytes) as f64 / (runs * test.generate) as f64;
+    let stats = Some(stats).filter(|s| s.passes > 0);
+    Ok(Measured { seconds, bytes: Some(bytes), kept: kept(counters).into_iter().collect(), stats })
 }
 
 fn print_all(form: Output, rows: &[Row]) -> Result<()> {
@@ -342,6 +467,7 @@ fn markdown(rows: &[Row]) -> String {
         "plan",
         "density:",
         "test:",
+        "per pass:",
         "t/s:",
         "MB/token:",
         "GB/s:",
@@ -357,6 +483,7 @@ fn markdown(rows: &[Row]) -> String {
             r.plan.clone(),
             text::or_dash(r.density.map(text::percent)),
             r.test.clone(),
+            text::or_dash(r.accepted_length.map(|l| format!("{l:.2}"))),
             format!("{:.2} ± {:.2}", r.avg_ts, r.stddev_ts),
             text::or_dash(r.bytes_per_token.map(|b| format!("{:.2}", b / 1e6))),
             text::or_dash(r.gb_per_s.map(|g| format!("{g:.1}"))),

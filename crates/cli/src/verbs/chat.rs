@@ -4,6 +4,7 @@ use super::run::Printer;
 use crate::{
     Outcome,
     args::{LoadArgs, SamplingArgs},
+    decoding::DecodingArgs,
     open,
 };
 use anyhow::{Context, Result};
@@ -11,7 +12,8 @@ use lacuna::{
     chat::{ChatTemplate, Message},
     engine::{
         Session,
-        generate::{Finish, Limits, generate},
+        decoding::Decoder,
+        generate::{Finish, Flow, Generated, Limits, generate_with},
         sampler::Sampler,
     },
     tokenizer::Tokenizer,
@@ -37,6 +39,8 @@ pub struct Args {
     load: LoadArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    decoding: DecodingArgs,
 }
 
 const HELP: &str = "\
@@ -57,12 +61,13 @@ pub fn run(args: Args) -> Result<Outcome> {
     let cancel = session.cancel_flag();
     let flag = cancel.clone();
     ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
+    let decoder = args.decoding.decoder(ready.plan.is_some())?;
     let limits = Limits {
         max_tokens: usize::try_from(args.predict).unwrap_or(usize::MAX),
         stop: args.sampling.stop.clone(),
         ignore_eos: args.sampling.ignore_eos,
     };
-    let mut talk = Talk { tokenizer, template, session, sampler, limits, held: Vec::new(), messages: Vec::new() };
+    let mut talk = Talk { tokenizer, template, session, sampler, decoder, limits, held: Vec::new(), messages: Vec::new() };
     talk.begin(args.system);
     let mut editor = DefaultEditor::new().context("opening the terminal")?;
     eprintln!("/help lists the commands; Ctrl-D leaves");
@@ -100,6 +105,8 @@ struct Talk<'a> {
     template: ChatTemplate,
     session: Session,
     sampler: Sampler,
+    /// Guesses learned from earlier answers stay.
+    decoder: Decoder,
     limits: Limits,
     messages: Vec<Message>,
     /// Tokens whose keys and values the session holds.
@@ -140,6 +147,11 @@ impl Talk<'_> {
         Ok(true)
     }
 
+    fn tell(&mut self, prompt: &[u32], show: &mut dyn FnMut(&str) -> Flow) -> Result<Generated> {
+        let Self { decoder, session, tokenizer, sampler, limits, .. } = self;
+        Ok(generate_with(decoder, session, tokenizer, prompt, sampler, limits, show)?)
+    }
+
     fn answer(&mut self) -> Result<()> {
         let tokens = match within_memory(|| self.template.encode(self.tokenizer, &self.messages, true)) {
             Ok(tokens) => tokens,
@@ -165,7 +177,7 @@ impl Talk<'_> {
         cancel.store(false, Ordering::Relaxed);
         let mut printer = Printer::default();
         let show = &mut |t: &str| printer.show(t);
-        let out = generate(&mut self.session, self.tokenizer, &tokens[same..], &mut self.sampler, &self.limits, show)?;
+        let out = self.tell(&tokens[same..], show)?;
         cancel.store(false, Ordering::Relaxed);
         printer.end()?;
         match out.finish {

@@ -3,13 +3,14 @@
 use crate::{
     Outcome,
     args::{LoadArgs, SamplingArgs},
+    decoding::{self, DecodingArgs},
     open::{self, Ready},
     text,
 };
 use anyhow::{Context, Result, bail};
 use lacuna::engine::{
     Counters, Engine, Session,
-    generate::{Finish, Flow, Generated, Limits, generate},
+    generate::{Finish, Flow, Generated, Limits, generate_with},
     sampler::Sampler,
 };
 use lacuna_core::site::Proj;
@@ -47,6 +48,8 @@ pub struct Args {
     load: LoadArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    decoding: DecodingArgs,
 }
 
 /// Runs the verb.
@@ -72,12 +75,17 @@ pub fn run(mut args: Args) -> Result<Outcome> {
         stop: args.sampling.stop.clone(),
         ignore_eos: args.sampling.ignore_eos,
     };
+    let mut decoder = args.decoding.decoder(ready.plan.is_some())?;
     let mut printer = Printer::default();
     printer.show(&prompt);
-    let out = generate(&mut session, tokenizer, &tokens, &mut sampler, &limits, &mut |t| printer.show(t))?;
+    let show = &mut |t: &str| printer.show(t);
+    let out = generate_with(&mut decoder, &mut session, tokenizer, &tokens, &mut sampler, &limits, show)?;
     printer.end()?;
     report(&ready, &session, &out)?;
     ready.log_memory();
+    if let Some(line) = decoding::report(decoder.stats()) {
+        eprintln!("{line}");
+    }
     Ok(Outcome::Good)
 }
 
@@ -147,11 +155,12 @@ pub fn report(ready: &Ready, session: &Session, out: &Generated) -> io::Result<(
         out.tokens_per_second(),
     )?;
     let counters = session.counters();
-    if counters.steps > 0 {
-        let read = counters.bytes_per_token();
+    let decoded = out.tokens.len().saturating_sub(1);
+    if counters.steps > 0 && decoded > 0 {
+        let read = (counters.weight_bytes + counters.kv_bytes) as f64 / decoded as f64;
         write!(err, "read {} per token", text::bytes(read as u64))?;
         if ready.plan.is_some() {
-            let begin = session.len() - counters.steps as usize;
+            let begin = session.len().saturating_sub(decoded);
             let dense = dense_bytes(&ready.dense, begin, session.len());
             write!(err, ", {} of dense", text::percent(read / dense))?;
         }

@@ -2,10 +2,10 @@
 //!
 //! The operations on each accumulator are those of [`super::avx512`], in the same order, so the bits are the same.
 
+use super::Rows;
 use super::avx512::{at256, at512, codes, floats, half, high_nibbles, lanes, pair, q6k_half, scales, words};
 use super::operand::{Int8, Operand};
 use super::scalar::q4k_scales;
-use super::Rows;
 use crate::Format;
 use crate::x86::{Ahead, last_group};
 use std::arch::x86_64::*;
