@@ -1,6 +1,6 @@
 //! Pages generated from the registry; `cargo xtask docs` writes them and the tidy test compares them.
 
-use lacuna_core::{method::Method, weight::Orientation};
+use lacuna_core::{method::Method, site::Site, weight::Orientation};
 use lacuna_methods::registry::METHODS;
 use std::{fs, io, path::Path};
 
@@ -51,12 +51,13 @@ fn section(m: &dyn Method) -> String {
         })
         .collect();
     let mut out = format!(
-        "\n## {}\n\n{}. {}\n\n* Source: {}{link}\n* Weight layouts: {}\n* Use: `--sparse {}`\n",
+        "\n## {}\n\n{}. {}\n\n* Source: {}{link}\n* Weight layouts: {}\n* Use: `{} {}`\n",
         m.name(),
         m.title(),
         m.summary(),
         paper.paper,
         layouts.join(", "),
+        if m.site() == Site::Decoding { "--draft" } else { "--sparse" },
         usage(m),
     );
     if !m.params().is_empty() {

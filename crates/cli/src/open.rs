@@ -13,6 +13,7 @@ use lacuna::{
     model::{Checkpoint, Demand, LoadOptions, MemoryEstimate, spec::Spec},
     tokenizer::Tokenizer,
 };
+use lacuna_core::plan::Decoding;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -81,6 +82,8 @@ pub struct Ready {
     pub dense: Engine,
     /// The plan's name; `None` if everything is computed.
     pub plan: Option<String>,
+    /// How the plan guesses and checks tokens, if it does.
+    pub decoding: Option<Decoding>,
     tokenizer: Result<Tokenizer>,
     context: usize,
     need: MemoryEstimate,
@@ -163,6 +166,7 @@ fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> 
         need.weights += replaced;
         within(&need, args.memory)?;
     }
+    let decoding = plan.as_ref().and_then(|p| p.decoding);
     let dense = Engine::new(model, options(args)?)?;
     let (engine, dense, plan) = match plan {
         Some(plan) => {
@@ -173,7 +177,7 @@ fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> 
         None => (dense.clone(), dense, None),
     };
     tracing::info!("ready in {:.3} s", start.elapsed().as_secs_f64());
-    Ok(Ready { engine, dense, plan, tokenizer, context, need })
+    Ok(Ready { engine, dense, plan, decoding, tokenizer, context, need })
 }
 
 fn within(need: &MemoryEstimate, limit: Option<u64>) -> Result<()> {

@@ -11,7 +11,10 @@ use lacuna::{
     },
     model::Model,
 };
-use lacuna_core::{plan::Plan, statistics::Statistics};
+use lacuna_core::{
+    plan::Plan,
+    statistics::Statistics,
+};
 use lacuna_methods::registry;
 use std::sync::Arc;
 

@@ -2,7 +2,7 @@
 //! it asks for. Methods themselves live in `lacuna-methods`, one file each.
 
 use crate::{
-    plan::Entry,
+    plan::{Decoding, Entry},
     site::{Point, Proj, Site},
     statistics::{Observation, Statistics},
     suggest::hint,
@@ -269,6 +269,12 @@ pub trait Method: Sync {
     /// What a user should know of the entries it planned, such as how well something trained; by default nothing.
     fn report(&self, _: &Params, _: PlanContext<'_>, _: &[Entry]) -> Vec<String> {
         Vec::new()
+    }
+
+    /// How tokens are guessed and checked: for methods of [`Site::Decoding`], which plan no entries.
+    fn decoding(&self, params: &Params) -> Option<Decoding> {
+        let _ = params;
+        None
     }
 }
 

@@ -309,6 +309,62 @@ pub struct Plan {
     pub calibration_tokens: usize,
     /// What is skipped where.
     pub entries: Vec<Entry>,
+    /// How tokens are guessed and checked; `None`: one pass per token.
+    pub decoding: Option<Decoding>,
+}
+
+/// How the decoding loop guesses tokens and checks them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decoding {
+    /// Where guesses come from.
+    pub draft: DraftSource,
+    /// Which guesses are accepted.
+    pub accept: Accept,
+    /// Most tokens checked in one pass, 1 to [`MAX_CHECKED`].
+    pub most: usize,
+}
+
+/// Most tokens that one pass checks.
+pub const MAX_CHECKED: usize = 64;
+
+/// Where guesses come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DraftSource {
+    /// The candidates that earlier passes gave for the same tokens (Token Recycling); the plan's entries check.
+    TokenRecycling,
+    /// Steps by the plan's entries; the dense model checks.
+    Plan,
+}
+
+/// Which guesses are accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "rule", rename_all = "kebab-case")]
+pub enum Accept {
+    /// Those that decoding without guesses would choose: the text stays the same.
+    Exact,
+    /// Those whose checked probability is at least this (Sirius).
+    Threshold {
+        /// 0 to 1.
+        probability: f32,
+    },
+}
+
+impl Decoding {
+    fn check(&self) -> Result<(), String> {
+        if !(1..=MAX_CHECKED).contains(&self.most) {
+            return Err(format!("checks {} tokens in a pass, outside 1 to {MAX_CHECKED}", self.most));
+        }
+        match self.accept {
+            Accept::Threshold { probability } if !(0.0..=1.0).contains(&probability) => {
+                Err(format!("accepts from probability {probability} on, outside [0, 1]"))
+            }
+            Accept::Threshold { .. } if self.draft == DraftSource::TokenRecycling => {
+                Err("accepts recycled tokens by a threshold; only exact acceptance is known for them".into())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Joins the entries of several methods, first come first served: an entry whose projections are already decided is
@@ -334,6 +390,9 @@ impl Plan {
     /// Checks what can be checked without the model's weights: layers in range, numbers finite and in range, no
     /// projection decided twice.
     pub fn check(&self, layers: usize) -> Result<(), String> {
+        if let Some(decoding) = &self.decoding {
+            decoding.check().map_err(|problem| format!("decoding {problem}"))?;
+        }
         let mut seen = std::collections::HashSet::new();
         for (i, e) in self.entries.iter().enumerate() {
             if e.layer >= layers {
@@ -395,6 +454,7 @@ mod tests {
             method: "by hand".into(),
             calibration_tokens: 0,
             entries: vec![Entry { layer: 0, rule, kept: None }],
+            decoding: None,
         };
         let error = |rule: Rule| plan(rule).check(1).unwrap_err();
         assert!(error(Rule::inputs(Proj::Q, Selector::above(f32::NAN))).contains("NaN"));
@@ -402,6 +462,15 @@ mod tests {
         assert!(
             error(Rule::inputs(Proj::Q, Selector { scale: None, cut: Cut::Prompt { count: 3 } })).contains("prompt")
         );
+        let checked = |draft, accept, most| {
+            let decoding = Some(Decoding { draft, accept, most });
+            Plan { entries: Vec::new(), decoding, ..plan(Rule::neurons(Selector::non_zero())) }.check(1)
+        };
+        let accept = |probability| Accept::Threshold { probability };
+        assert!(checked(DraftSource::Plan, accept(0.5), 8).is_ok());
+        assert!(checked(DraftSource::Plan, accept(f32::NAN), 8).unwrap_err().contains("NaN"));
+        assert!(checked(DraftSource::Plan, Accept::Exact, 65).unwrap_err().contains("65"));
+        assert!(checked(DraftSource::TokenRecycling, accept(0.5), 8).is_err());
         let at_gate = Rule::Neurons { on: Stage::Gate, selector: Selector::above(-1.0), then: None };
         plan(at_gate).check(1).unwrap();
         let mut twice = plan(Rule::neurons(Selector::non_zero()));

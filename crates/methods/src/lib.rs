@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod activations;
+pub mod decoding;
 pub mod registry;
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use crate::activations::{
     predictor::Predictor, q_sparse::QSparse, r_sparse::RSparse, relu::Relu, spark::Spark, teal::Teal, topk::TopK,
     wina::Wina,
 };
+use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use lacuna_core::{
     method::{Method, MethodError, Params},
     recipe::{Step, parse_short},
@@ -27,6 +28,9 @@ pub static METHODS: &[&dyn Method] = &[
     &QSparse,
     &Cett,
     &Predictor,
+    &TokenRecycling,
+    &SelfSpeculation,
+    &Sirius,
 ];
 
 /// A step with its method found and its parameters checked.

@@ -7,14 +7,14 @@
 use lacuna_core::{
     method::{Budgets, LayerShape, Method, MethodError, MlpShape, Params, PlanContext, Weights, column_norms},
     observer::Observer,
-    plan::{Cut, Entry, Rule, Selector, Stage},
-    site::{Point, Proj},
+    plan::{Accept, Cut, DraftSource, Entry, Rule, Selector, Stage},
+    site::{Point, Proj, Site},
     statistics::Statistics,
     tensor::Tensor,
     weight::Orientation,
 };
 use lacuna_kernels::{Format, Matrix, Pool, axpy, convert::encode_run, gemv, isa, select};
-use lacuna_methods::registry::METHODS;
+use lacuna_methods::registry::{METHODS, parse};
 use std::collections::BTreeMap;
 
 const WIDTH: usize = 64;
@@ -23,6 +23,11 @@ const TOKENS: usize = 500;
 /// The predictor is trained in these tests no longer than it must be.
 const QUICK: (&str, f64) = ("epochs", 1.0);
 const BUDGETS: [f64; 6] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.95];
+
+/// The methods that plan entries: all but those of the decoding loop.
+fn skipping() -> impl Iterator<Item = &'static &'static dyn Method> {
+    METHODS.iter().filter(|m| m.site() != Site::Decoding)
+}
 
 fn layers() -> Vec<LayerShape> {
     let mlp = MlpShape { inner: INNER, gated: true, activation: "relu".into(), exact_zeros: true };
@@ -159,7 +164,7 @@ fn dropped_weights(entries: &[Entry], kept: &[f64], layer: usize) -> f64 {
 
 #[test]
 fn plans_are_deterministic_and_keep_the_budget() {
-    for method in METHODS {
+    for method in skipping() {
         for (budget, params) in budgets(*method) {
             let entries = planned(*method, &params);
             assert_eq!(entries, planned(*method, &params), "{}", method.name());
@@ -185,7 +190,7 @@ fn plans_are_deterministic_and_keep_the_budget() {
 
 #[test]
 fn a_larger_budget_never_keeps_less() {
-    for method in METHODS {
+    for method in skipping() {
         let plans: Vec<Vec<Entry>> = budgets(*method).iter().map(|(_, params)| planned(*method, params)).collect();
         for pair in plans.windows(2) {
             for (more, less) in pair[0].iter().zip(&pair[1]) {
@@ -202,7 +207,7 @@ fn a_larger_budget_never_keeps_less() {
 
 #[test]
 fn a_nan_in_the_statistics_names_its_layer() {
-    for method in METHODS {
+    for method in skipping() {
         let (_, params) = &budgets(*method)[1 % budgets(*method).len()];
         let nothing = Statistics::default();
         let (layers, none) = (layers(), Budgets::default());
@@ -232,7 +237,7 @@ fn matrix(format: Format, rows: usize, cols: usize) -> Vec<u8> {
 #[test]
 fn full_budget_has_the_bits_of_dense() {
     let pool = Pool::new(2);
-    for method in METHODS {
+    for method in skipping() {
         for entry in planned(*method, &full(*method)) {
             let (width, values) = data(selected_point(&entry));
             for layout in method.layouts() {
@@ -298,4 +303,22 @@ fn rows_equal(pool: &Pool, isa: lacuna_kernels::Isa, format: Format, selector: &
     gemv::run_rows_on(isa, pool, &mut [gemv::RowsJob { w, rows: &rows, x: &x, y: &mut some }]);
     gemv::run_on(isa, pool, &mut [gemv::Job { w, x: &x, y: &mut all }]);
     rows.iter().zip(&some).all(|(&r, y)| y.to_bits() == all[r as usize].to_bits())
+}
+
+#[test]
+fn decoding_methods_plan_the_loop_and_nothing_else() {
+    for method in METHODS {
+        let params = Params::new(*method, []).unwrap();
+        assert_eq!(method.decoding(&params).is_some(), method.site() == Site::Decoding, "{}", method.name());
+        if method.site() == Site::Decoding {
+            let statistics = Statistics::default();
+            assert!(plan(*method, &params, &statistics).unwrap().is_empty());
+            assert_eq!(observed(*method, &params, |_, _| {}).tokens(), 0, "no calibration");
+        }
+    }
+    let decoding = |spec: &str| parse(spec).map(|s| s[0].method.decoding(&s[0].params));
+    let sirius = decoding("sirius=0.1:block=4").unwrap().unwrap();
+    assert_eq!((sirius.most, sirius.accept), (4, Accept::Threshold { probability: 0.1 }));
+    assert!(decoding("token-recycling=65").unwrap_err().to_string().contains("[1, 64]"));
+    assert_eq!(decoding("token-recycling=9").unwrap().unwrap().draft, DraftSource::TokenRecycling);
 }

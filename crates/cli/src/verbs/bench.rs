@@ -132,15 +132,15 @@ struct Row {
 
 /// A test: a prompt, or tokens to generate, at a depth.
 #[derive(Clone, Copy)]
-struct Test {
+struct Test<'a> {
     prompt: usize,
     generate: usize,
     depth: usize,
     streams: usize,
-    draft: Option<Spec>,
+    draft: Option<&'a Spec>,
 }
 
-impl Test {
+impl Test<'_> {
     fn name(&self) -> String {
         let mut base = if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) };
         if self.streams > 1 {
@@ -183,7 +183,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     Ok(Outcome::Good)
 }
 
-fn tests(args: &Args) -> Vec<Test> {
+fn tests(args: &Args) -> Vec<Test<'_>> {
     let mut list = Vec::new();
     for &depth in &args.n_depth {
         let base = Test { prompt: 0, generate: 0, depth, streams: 1, draft: None };
@@ -192,7 +192,7 @@ fn tests(args: &Args) -> Vec<Test> {
         }
         for &generate in &args.n_gen {
             let streams = args.streams.iter().map(|&streams| Test { generate, streams, ..base });
-            let drafts = args.draft.iter().map(|&draft| Test { generate, draft: Some(draft), ..base });
+            let drafts = args.draft.iter().map(|draft| Test { generate, draft: Some(draft), ..base });
             list.extend(drafts.chain(streams.filter(|_| args.draft.is_empty())));
         }
     }
@@ -219,7 +219,7 @@ fn load_args(args: &Args, threads: Option<usize>, sparse: Option<String>) -> Loa
 /// Bytes of the streaming probe: several times any last-level cache, little beside a model.
 const PROBE_BYTES: usize = 512 << 20;
 
-fn bench_model(args: &Args, name: Option<&str>, tests: &[Test], rows: &mut Vec<Row>) -> Result<()> {
+fn bench_model(args: &Args, name: Option<&str>, tests: &[Test<'_>], rows: &mut Vec<Row>) -> Result<()> {
     let probe = (!args.no_probe && tests.iter().any(|t| t.generate > 0)).then(|| StreamProbe::new(PROBE_BYTES));
     let stream = probe.as_ref();
     let place = Place::find(name)?;
@@ -295,7 +295,7 @@ struct Measured {
     stats: Option<DecodingStats>,
 }
 
-fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
+fn bench_test(case: &Case<'_>, test: Test<'_>) -> Result<Row> {
     let Case { args, facts, engine, .. } = case;
     let probe = || case.stream.filter(|_| test.generate > 0).map(|p| p.read(engine.pool()) / 1e9);
     let before = probe();
@@ -344,7 +344,7 @@ fn bench_test(case: &Case<'_>, test: Test) -> Result<Row> {
 }
 
 /// Random tokens, given: prompts, or steps of one or more conversations.
-fn replay(case: &Case<'_>, test: Test) -> Result<Measured> {
+fn replay(case: &Case<'_>, test: Test<'_>) -> Result<Measured> {
     let Case { args, engine, .. } = case;
     let mut rng = Rng::new(test.tokens() as u64);
     let vocab = engine.model().spec.vocab as u64;
@@ -374,7 +374,7 @@ fn replay(case: &Case<'_>, test: Test) -> Result<Measured> {
 }
 
 /// Runs the test from its depth on and returns the seconds.
-fn once(engine: &Engine, sessions: &mut [Session], test: Test, tokens: &[Vec<u32>]) -> Result<f64> {
+fn once(engine: &Engine, sessions: &mut [Session], test: Test<'_>, tokens: &[Vec<u32>]) -> Result<f64> {
     sessions.iter_mut().for_each(|s| s.truncate(test.depth));
     let start = Instant::now();
     match sessions {
@@ -395,7 +395,7 @@ fn once(engine: &Engine, sessions: &mut [Session], test: Test, tokens: &[Vec<u32
 }
 
 /// Greedy text behind the prompt, by `draft`.
-fn guess(case: &Case<'_>, test: Test, draft: Spec, tokenizer: &Tokenizer) -> Result<Measured> {
+fn guess(case: &Case<'_>, test: Test<'_>, draft: &Spec, tokenizer: &Tokenizer) -> Result<Measured> {
     let Case { args, engine, .. } = case;
     let prompt = tokenizer.encode(&args.draft_prompt, true)?;
     let mut session = engine.session(0)?;

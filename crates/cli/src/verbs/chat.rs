@@ -61,7 +61,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let cancel = session.cancel_flag();
     let flag = cancel.clone();
     ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("installing the Ctrl-C handler")?;
-    let decoder = args.decoding.decoder(ready.plan.is_some())?;
+    let decoder = args.decoding.decoder(ready.plan.is_some(), ready.decoding.as_ref())?;
     let limits = Limits {
         max_tokens: usize::try_from(args.predict).unwrap_or(usize::MAX),
         stop: args.sampling.stop.clone(),

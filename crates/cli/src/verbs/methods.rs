@@ -2,7 +2,7 @@
 
 use crate::{Outcome, table::Table};
 use anyhow::Result;
-use lacuna_core::{method::Method, weight::Orientation};
+use lacuna_core::{method::Method, site::Site, weight::Orientation};
 use lacuna_methods::registry::{METHODS, find};
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
@@ -34,7 +34,7 @@ pub fn run(args: Args) -> Result<Outcome> {
         let mut table = Table::new(&["name", "site", "use", "what it does"]);
         for m in chosen {
             let site = site(m);
-            table.row([m.name().to_owned(), site, format!("--sparse {}", usage(m)), m.summary().to_owned()]);
+            table.row([m.name().to_owned(), site, usage(m), m.summary().to_owned()]);
         }
         write!(out, "{table}")?;
     }
@@ -46,7 +46,9 @@ fn site(m: &dyn Method) -> String {
 }
 
 fn usage(m: &dyn Method) -> String {
-    m.params().first().map_or_else(|| m.name().to_owned(), |p| format!("{}={}", m.name(), p.default))
+    let flag = if m.site() == Site::Decoding { "--draft" } else { "--sparse" };
+    let value = m.params().first().map_or(String::new(), |p| format!("={}", p.default));
+    format!("{flag} {}{value}", m.name())
 }
 
 fn layouts(m: &dyn Method) -> Vec<&'static str> {
@@ -81,7 +83,7 @@ fn sheet(out: &mut impl Write, m: &dyn Method) -> Result<()> {
     let arxiv = m.citation().arxiv.map_or(String::new(), |id| format!(", arXiv:{id}"));
     writeln!(out, "source   {}{arxiv}", m.citation().paper)?;
     writeln!(out, "layouts  {}", layouts(m).join(", "))?;
-    writeln!(out, "use      --sparse {}", usage(m))?;
+    writeln!(out, "use      {}", usage(m))?;
     if !m.params().is_empty() {
         let mut table = Table::new(&["parameter", "default:", "range", "meaning"]);
         for p in m.params() {

@@ -75,7 +75,7 @@ pub fn run(mut args: Args) -> Result<Outcome> {
         stop: args.sampling.stop.clone(),
         ignore_eos: args.sampling.ignore_eos,
     };
-    let mut decoder = args.decoding.decoder(ready.plan.is_some())?;
+    let mut decoder = args.decoding.decoder(ready.plan.is_some(), ready.decoding.as_ref())?;
     let mut printer = Printer::default();
     printer.show(&prompt);
     let show = &mut |t: &str| printer.show(t);

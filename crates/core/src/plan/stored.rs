@@ -3,7 +3,7 @@
 //! The JSON names the other file with its length and SHA-256. Both are written under temporary names and renamed, the
 //! vectors first: a reader sees the old plan or the new one, never a mixture.
 
-use super::{Entry, PLAN_MAX_BYTES, PLAN_SIDE_MAX_BYTES, PLAN_VERSION, Plan};
+use super::{Decoding, Entry, PLAN_MAX_BYTES, PLAN_SIDE_MAX_BYTES, PLAN_VERSION, Plan};
 use crate::{
     atomic::write_atomically,
     bytes::Bytes,
@@ -40,6 +40,8 @@ struct Stored {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     side: Option<Side>,
     entries: Vec<Entry>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    decoding: Option<Decoding>,
 }
 
 impl Plan {
@@ -76,12 +78,12 @@ impl Plan {
         }
         let stored: Stored = serde_json::from_slice(text).map_err(|e| bad(format!("{e}: {REMEDY}")))?;
         let tensors = stored.side.as_ref().map_or(Ok(BTreeMap::new()), |side| read_side(side, path))?;
-        let Stored { version, model, method, calibration_tokens, mut entries, .. } = stored;
+        let Stored { version, model, method, calibration_tokens, mut entries, decoding, .. } = stored;
         for tensor in entries.iter_mut().flat_map(|e| e.rule.tensors_mut()) {
             let found = tensors.get(tensor.name());
             *tensor = found.ok_or_else(|| bad(format!("vector {} is nowhere: {REMEDY}", tensor.name())))?.clone();
         }
-        let plan = Plan { version, model, method, calibration_tokens, entries };
+        let plan = Plan { version, model, method, calibration_tokens, entries, decoding };
         plan.check(layers).map_err(bad)?;
         Ok(plan)
     }
@@ -101,6 +103,7 @@ impl Plan {
             calibration_tokens: self.calibration_tokens,
             side: side.clone(),
             entries: self.entries.clone(),
+            decoding: self.decoding,
         };
         let mut text = serde_json::to_vec_pretty(&stored).map_err(|e| bad(e.to_string()))?;
         text.push(b'\n');
@@ -182,7 +185,7 @@ fn read_side(side: &Side, path: &Path) -> Result<BTreeMap<String, Tensor>, Metho
 mod tests {
     use super::*;
     use crate::{
-        plan::{Rule, Selector},
+        plan::{Accept, DraftSource, Rule, Selector},
         site::Proj,
     };
 
@@ -197,6 +200,7 @@ mod tests {
                 Entry { layer: 0, rule: Rule::inputs(Proj::Q, selector), kept: Some(0.5) },
                 Entry { layer: 1, rule: Rule::neurons(Selector::non_zero()), kept: None },
             ],
+            decoding: Some(Decoding { draft: DraftSource::Plan, accept: Accept::Threshold { probability: 0.25 }, most: 8 }),
         }
     }
 

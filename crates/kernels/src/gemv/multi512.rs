@@ -116,10 +116,12 @@ fn dot_bf16<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     let mut acc = [[[_mm512_setzero_ps(); 2]; V]; R];
     for_groups!(rows, 64, |g, blocks| {
-        let w = blocks.map(|b| {
-            let w = at512::<0, 64>(b);
-            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(w)), _mm512_castsi512_ps(_mm512_and_si512(w, upper))]
-        });
+        let mut w = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            let both = at512::<0, 64>(blocks[r]);
+            w[r][0] = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both));
+            w[r][1] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+        }
         for v in 0..V {
             let (even, odd) = (floats::<0, 32>(&xs[v][g]), floats::<16, 32>(&xs[v][g]));
             for r in 0..R {
@@ -142,11 +144,15 @@ fn dot_q8_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     let pick = words([0, 17], 8);
     let mut acc = [[[_mm512_setzero_ps(); 2]; V]; R];
     for_groups!(rows, 136, |g, blocks| {
-        let w = blocks.map(|b| {
-            let (w0, w1) = (pair::<2, 36, 136>(b), pair::<70, 104, 136>(b));
-            [_mm512_xor_si512(w0, offset), _mm512_xor_si512(w1, offset)]
-        });
-        let s = blocks.map(|b| [scales(at512::<0, 136>(b), pick), scales(at512::<68, 136>(b), pick)]);
+        let mut w = [[_mm512_setzero_si512(); 2]; R];
+        let mut s = [[_mm512_setzero_ps(); 2]; R];
+        for r in 0..R {
+            let b = blocks[r];
+            w[r][0] = _mm512_xor_si512(pair::<2, 36, 136>(b), offset);
+            w[r][1] = _mm512_xor_si512(pair::<70, 104, 136>(b), offset);
+            s[r][0] = scales(at512::<0, 136>(b), pick);
+            s[r][1] = scales(at512::<68, 136>(b), pick);
+        }
         for v in 0..V {
             let (q, d8, bias) = xs[v];
             let (q0, q1) = (codes::<0, 128>(&q[g]), codes::<64, 128>(&q[g]));
@@ -180,20 +186,22 @@ fn dot_q4_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     let gather = codes::<0, 64>(&gather);
     let mut acc = [[_mm512_setzero_ps(); V]; R];
     for_groups!(rows, 72, |g, blocks| {
-        let w = blocks.map(|b| {
-            let first = at512::<0, 72>(b);
+        let mut w = [[_mm512_setzero_si512(); 2]; R];
+        let mut s = [_mm512_setzero_ps(); R];
+        for r in 0..R {
+            let first = at512::<0, 72>(blocks[r]);
             // Blocks 0 to 2 come from the first load; block 3 already sits at its place in the second.
-            let w = _mm512_mask_permutexvar_epi8(at512::<8, 72>(b), 0xffff_ffff_ffff, gather, first);
-            ([_mm512_and_si512(w, low), high_nibbles(w)], scales(first, pick))
-        });
+            let all = _mm512_mask_permutexvar_epi8(at512::<8, 72>(blocks[r]), 0xffff_ffff_ffff, gather, first);
+            w[r] = [_mm512_and_si512(all, low), high_nibbles(all)];
+            s[r] = scales(first, pick);
+        }
         for v in 0..V {
             let (q, d4, bias) = xs[v];
             let (q0, q1) = (codes::<0, 128>(&q[g]), codes::<64, 128>(&q[g]));
             let (start, d) = (lanes::<0, 16>(&bias[g]), floats::<0, 16>(&d4[g]));
             for r in 0..R {
-                let (w, scale) = w[r];
-                let t = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, w[0], q0), w[1], q1);
-                acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(scale, d), acc[r][v]);
+                let t = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, w[r][0], q0), w[r][1], q1);
+                acc[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(s[r], d), acc[r][v]);
             }
         }
     });
@@ -277,8 +285,12 @@ fn dot_q6k<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) ->
                 let (q, b) = (&xs[v].0[g], &xs[v].2[g]);
                 let qs = [codes::<0, 256>(q), codes::<64, 256>(q), codes::<128, 256>(q), codes::<192, 256>(q)];
                 // The stored bias is for an offset of 128; here it is 32.
-                let start = [lanes::<0, 64>(b), lanes::<16, 64>(b), lanes::<32, 64>(b), lanes::<48, 64>(b)];
-                let start = start.map(|b| _mm512_srai_epi32::<2>(b));
+                let start = [
+                    _mm512_srai_epi32::<2>(lanes::<0, 64>(b)),
+                    _mm512_srai_epi32::<2>(lanes::<16, 64>(b)),
+                    _mm512_srai_epi32::<2>(lanes::<32, 64>(b)),
+                    _mm512_srai_epi32::<2>(lanes::<48, 64>(b)),
+                ];
                 // SAFETY: the array has eight numbers.
                 let d = _mm512_castps256_ps512(unsafe { _mm256_loadu_ps(xs[v].1[g].as_ptr()) });
                 let scale = _mm512_mul_ps(scale, _mm512_permutexvar_ps(twice, d));

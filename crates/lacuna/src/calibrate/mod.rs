@@ -224,15 +224,21 @@ pub fn plan(
     let reports = steps.iter().zip(&lists).flat_map(|(s, entries)| s.method.report(&s.params, ctx, entries));
     let mut notes: Vec<String> = reports.collect();
     let (entries, left_out) = compose(lists);
+    let mut loops = steps.iter().filter_map(|s| s.method.decoding(&s.params));
+    let (decoding, further) = (loops.next(), loops.count());
     let plan = Plan {
         version: PLAN_VERSION,
         model: subject.hash.clone(),
         method: label(steps),
         calibration_tokens: statistics.tokens() as usize,
         entries,
+        decoding,
     };
     if !left_out.is_empty() {
         notes.push(format!("{} entries of later methods are left out: an earlier one decides there", left_out.len()));
+    }
+    if further > 0 {
+        notes.push("only the first decoding method is followed".into());
     }
     Ok((plan, notes))
 }

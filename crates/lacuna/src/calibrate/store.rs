@@ -103,6 +103,7 @@ mod tests {
             model: hash.into(),
             method: "relu".into(),
             calibration_tokens: 0,
+            decoding: None,
             entries: vec![],
         };
         let blocked = file.join("p.json");

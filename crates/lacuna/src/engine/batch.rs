@@ -2,19 +2,21 @@
 
 use super::{
     Engine,
-    compiled::{Counters, SiteCount},
+    compiled::{CompiledPlan, Counters, SiteCount},
     forward::{Forward, Mode, Nobody, head_input},
     kv::{Place, Places},
     kv_bytes_read,
     session::{Session, check_finite, logits},
 };
 use crate::error::{Error, Result};
+use lacuna_core::plan::Cut;
 use std::sync::Arc;
 
 impl Engine {
     /// Appends one token to each session, by the plan where there is one, and reads the dense weights once for all.
     /// [`Session::logits`] then has each session's logits, with the bits that [`Session::decode`] gives it alone. The
-    /// counters of the sessions get equal parts of the weights' bytes and of the plan's counts.
+    /// counters of the sessions get equal parts of the weights' bytes and of the plan's counts. A plan whose neurons
+    /// follow the prompt is run session by session.
     ///
     /// # Errors
     /// Before any work: no sessions, a session of another engine, and as [`Session::decode`] for any of them (also a
@@ -28,6 +30,10 @@ impl Engine {
             session.check(&[*token], 1)?;
             session.check_cancelled()?;
         }
+        let shared = &*self.shared;
+        if shared.plan.as_deref().is_some_and(alone) {
+            return rows.iter_mut().try_for_each(|(session, token)| session.decode(*token).map(|_| ()));
+        }
         let Some((first, _)) = rows.first_mut() else { return error("there are none") };
         let mut ws = std::mem::take(&mut first.ws);
         let mut all = std::mem::take(&mut first.logits);
@@ -37,7 +43,6 @@ impl Engine {
         let place = |(i, row): (usize, &(&mut Session, u32))| Place { position: row.0.len, caches: i..i + 1 };
         let places = rows.iter().enumerate().map(place).collect();
         let places = Places::new(rows.iter_mut().map(|(session, _)| &mut session.kv).collect(), places);
-        let shared = &*self.shared;
         let mode = Mode::Decode;
         Forward {
             shared,
@@ -66,6 +71,12 @@ impl Engine {
         }
         rows.iter().try_for_each(|(session, _)| check_finite(session.logits(), session.len - 1))
     }
+}
+
+/// Whether the plan must run session by session: what it keeps lies with the session, or it masks rows of prefill.
+fn alone(plan: &CompiledPlan) -> bool {
+    let mut rules = plan.layers.iter().filter_map(|layer| layer.neurons.as_ref());
+    plan.masked || rules.any(|rule| matches!(rule.selector.cut, Cut::Prompt { .. }))
 }
 
 impl Counters {

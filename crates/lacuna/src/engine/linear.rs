@@ -4,6 +4,7 @@ use super::{
     compiled::{LayerCounts, LayerPlan},
     rows,
     sparse::{self, Selection},
+    sparse_rows,
 };
 use crate::model::weights::Linear;
 use lacuna_core::{
@@ -54,6 +55,11 @@ impl Linears {
     pub fn decode(&mut self, pool: &Pool, sparsity: &mut Sparsity<'_>, x: &[f32], n: usize, mut parts: Vec<Part<'_>>) {
         if let Some(plan) = sparsity.plan {
             let mut sparse: Vec<_> = parts.extract_if(.., |p| plan.input(p.proj).is_some()).collect();
+            if n > 1 {
+                let serves = |p: &mut Part<'_>| plan.input(p.proj).is_some_and(sparse_rows::serves);
+                let together: Vec<_> = sparse.extract_if(.., serves).collect();
+                sparse_rows::inputs(pool, plan, sparsity, x, n, together);
+            }
             if !sparse.is_empty() {
                 for (row, x) in x.chunks_exact(x.len() / n).enumerate() {
                     let parts = sparse.iter_mut().map(|p| p.row(row, n)).collect();

@@ -24,6 +24,7 @@ pub mod sampler;
 mod session;
 mod shared;
 mod sparse;
+mod sparse_rows;
 pub mod transpose;
 mod tree;
 

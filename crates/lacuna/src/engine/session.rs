@@ -123,6 +123,9 @@ impl Session {
     /// As [`Session::prefill`]; a tree of no or more than [`super::MAX_TREE`] tokens.
     pub fn verify(&mut self, tree: &TokenTree, dense: bool) -> Result<()> {
         tree.check()?;
+        if !dense && self.shared.plan.as_ref().is_some_and(|p| p.masked) {
+            return Err(Error::Argument { name: "plan", problem: "a masked plan has no decode passes to check".into() });
+        }
         self.check(tree.tokens(), tree.height())?;
         self.check_cancelled()?;
         self.settle();

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use std::ops::Range;
 
 /// Most tokens that one pass checks.
-pub const MAX_TREE: usize = 64;
+pub const MAX_TREE: usize = lacuna_core::plan::MAX_CHECKED;
 
 /// Tokens that may follow a context. A path from a root is one continuation; siblings are alternatives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

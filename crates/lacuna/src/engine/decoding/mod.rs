@@ -17,6 +17,7 @@ use super::{
     tree::{MAX_TREE, TokenTree},
 };
 use crate::error::{Error, Result};
+use lacuna_core::plan;
 use std::time::{Duration, Instant};
 
 /// Where guesses come from.
@@ -139,6 +140,23 @@ impl Decoder {
         }
         let most = checked_most(n)?;
         Ok(Self { draft: Some(Box::new(SparseSteps)), dense: true, rule, most, ..Self::plain() })
+    }
+
+    /// The loop that a plan describes.
+    ///
+    /// # Errors
+    /// Numbers out of their range.
+    pub fn of(plan: &plan::Decoding) -> Result<Self> {
+        let rule = match plan.accept {
+            plan::Accept::Exact => Rule::Exact,
+            plan::Accept::Threshold { probability } => Rule::Threshold(probability),
+        };
+        match plan.draft {
+            plan::DraftSource::Plan => Self::sparse_steps(plan.most, rule),
+            plan::DraftSource::TokenRecycling => {
+                Self::token_recycling(RecyclingOptions { most: plan.most, ..RecyclingOptions::default() })
+            }
+        }
     }
 
     /// Guesses from `draft`, checked with or without the plan under `rule`, in trees of at most `most` tokens.
