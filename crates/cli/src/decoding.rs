@@ -47,9 +47,10 @@ impl FromStr for Spec {
         }
         let steps = registry::parse(text)?;
         let [step] = &steps[..] else { bail!("`{text}`: one decoding method is needed") };
-        let decoding = step.method.decoding(&step.params).ok_or_else(|| {
-            anyhow!("`{}` is not a decoding method: give it to --sparse", step.method.name())
-        })?;
+        let decoding = step
+            .method
+            .decoding(&step.params)
+            .ok_or_else(|| anyhow!("`{}` is not a decoding method: give it to --sparse", step.method.name()))?;
         Ok(Self { label: text.into(), decoding: Some(decoding) })
     }
 }

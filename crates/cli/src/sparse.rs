@@ -11,10 +11,7 @@ use lacuna::{
     },
     model::Model,
 };
-use lacuna_core::{
-    plan::Plan,
-    statistics::Statistics,
-};
+use lacuna_core::{plan::Plan, statistics::Statistics};
 use lacuna_methods::registry;
 use std::sync::Arc;
 

@@ -143,7 +143,8 @@ fn a_plan_for_other_weights_or_places_is_refused() {
     };
     let entries = vec![Entry { layer: 0, rule: Rule::inputs(Proj::Gate, Selector::non_zero()), kept: None }];
     let method = "by hand".into();
-    let mut plan = Plan { version: PLAN_VERSION, model: opt.hash.clone(), method, calibration_tokens: 0, entries, decoding: None };
+    let mut plan =
+        Plan { version: PLAN_VERSION, model: opt.hash.clone(), method, calibration_tokens: 0, entries, decoding: None };
     assert!(error(&plan, &llama).contains(&opt.hash) && error(&plan, &llama).contains(&llama.hash));
     assert!(error(&plan, &opt).contains("mlp.gate"));
     plan.entries[0].layer = 99;

@@ -67,7 +67,8 @@ pub fn run(args: Args) -> Result<Outcome> {
         stop: args.sampling.stop.clone(),
         ignore_eos: args.sampling.ignore_eos,
     };
-    let mut talk = Talk { tokenizer, template, session, sampler, decoder, limits, held: Vec::new(), messages: Vec::new() };
+    let mut talk =
+        Talk { tokenizer, template, session, sampler, decoder, limits, held: Vec::new(), messages: Vec::new() };
     talk.begin(args.system);
     let mut editor = DefaultEditor::new().context("opening the terminal")?;
     eprintln!("/help lists the commands; Ctrl-D leaves");

@@ -200,7 +200,11 @@ mod tests {
                 Entry { layer: 0, rule: Rule::inputs(Proj::Q, selector), kept: Some(0.5) },
                 Entry { layer: 1, rule: Rule::neurons(Selector::non_zero()), kept: None },
             ],
-            decoding: Some(Decoding { draft: DraftSource::Plan, accept: Accept::Threshold { probability: 0.25 }, most: 8 }),
+            decoding: Some(Decoding {
+                draft: DraftSource::Plan,
+                accept: Accept::Threshold { probability: 0.25 },
+                most: 8,
+            }),
         }
     }
 

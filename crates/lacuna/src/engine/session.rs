@@ -124,7 +124,10 @@ impl Session {
     pub fn verify(&mut self, tree: &TokenTree, dense: bool) -> Result<()> {
         tree.check()?;
         if !dense && self.shared.plan.as_ref().is_some_and(|p| p.masked) {
-            return Err(Error::Argument { name: "plan", problem: "a masked plan has no decode passes to check".into() });
+            return Err(Error::Argument {
+                name: "plan",
+                problem: "a masked plan has no decode passes to check".into(),
+            });
         }
         self.check(tree.tokens(), tree.height())?;
         self.check_cancelled()?;

@@ -12,7 +12,6 @@ use lacuna_core::{
     weight::Orientation,
 };
 
-
 /// Self-speculation by a sparse plan.
 #[derive(Debug)]
 pub struct SelfSpeculation;

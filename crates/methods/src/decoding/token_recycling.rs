@@ -5,7 +5,6 @@
 //! as they were last seen. The published tree of 80 nodes is for GPUs; here the tree grows best first by the measured
 //! frequency of each rank and stops where a further node costs more time than it brings. The text stays the same.
 
-
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Accept, Decoding, DraftSource, Entry, MAX_CHECKED},
