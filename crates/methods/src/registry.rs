@@ -13,7 +13,6 @@ use lacuna_core::{
 };
 
 /// Every method. Everything else that lists methods is derived from this slice.
-<<<<<<< HEAD
 pub static METHODS: &[&dyn Method] = &[
     &Relu,
     &DRelu,
@@ -33,10 +32,6 @@ pub static METHODS: &[&dyn Method] = &[
     &SelfSpeculation,
     &Sirius,
 ];
-=======
-pub static METHODS: &[&dyn Method] =
-    &[&Relu, &FatRelu, &TopK, &Cats, &Chess, &Teal, &Wina, &TokenRecycling, &SelfSpeculation, &Sirius];
->>>>>>> 3f12a4b (gemv for several vectors: no closures in the hot loops; format)
 
 /// A step with its method found and its parameters checked.
 #[derive(Clone, Debug)]

@@ -4,7 +4,7 @@
 //! tokens, one dense pass over the block overwrites their keys and values and keeps what dense decoding would have
 //! chosen. The text is that of dense decoding, whatever the plan.
 
-use super::common::BLOCK;
+use super::BLOCK;
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Accept, Decoding, DraftSource, Entry},

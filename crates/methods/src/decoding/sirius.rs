@@ -4,7 +4,7 @@
 //! overwrites their keys and values, keeps the beginning whose probabilities (at temperature 0.6, as in the published
 //! code) reach a threshold, and gives the token behind it. Not lossless.
 
-use super::common::BLOCK;
+use super::BLOCK;
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Accept, Decoding, DraftSource, Entry},
