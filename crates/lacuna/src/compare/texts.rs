@@ -94,7 +94,7 @@ mod tests {
     fn nothing_is_in_both_halves() {
         let text = "one\n<|endoftext|>\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n";
         assert_eq!(mark(text), Some("<|endoftext|>"));
-        let d = divide(text, mark(text), 25);
+        let d = divide(text, mark(text), 20);
         assert!(d.calibration.ends_with("two\n<|endoftext|>\n") && d.test.starts_with("three"), "{d:?}");
         let d = divide(text, mark(text), 10_000);
         assert_eq!(format!("{}{}", d.calibration, d.test), text);
@@ -105,7 +105,7 @@ mod tests {
     fn plain_texts_are_cut_at_empty_lines() {
         let text = "a b c.\n\nd e\nf g.\n\nh i j.\n";
         assert_eq!(mark(text), None);
-        assert_eq!(divide(text, None, 8).test, "h i j.\n");
+        assert_eq!(divide(text, None, 7).test, "h i j.\n");
         assert_eq!(divide("a\nb\nc\n", None, 2).test, "c\n");
         assert_eq!(divide("one line", None, 2).calibration, "");
         assert_eq!(passages(text, None).len(), 3);
