@@ -150,7 +150,7 @@ fn the_table_holds_the_largest_logits_and_nothing_else_changes() {
 /// A new table with some rows of another.
 fn clone_of(r: &Recycling, tokens: &[u32]) -> Recycling {
     let mut new = Recycling::new(RecyclingOptions { most: 8, adapt: false });
-    tokens.iter().for_each(|&t| new.remember(t, &r.candidates(t).to_vec()));
+    tokens.iter().for_each(|&t| new.remember(t, r.candidates(t)));
     new
 }
 

@@ -285,9 +285,11 @@ mod tests {
             x.iter_mut().step_by(9).for_each(|v| *v = f32::NAN);
             for threshold in [0.0, 0.3] {
                 let (mut index, mut value) = (vec![], vec![]);
+                let stays = |score: f32| score.is_nan() || score > threshold;
+                let all = 0..n as u32;
                 let expected: Vec<u32> =
-                    (0..n as u32).filter(|&i| !((x[i as usize].abs() * scale[i as usize]) <= threshold)).collect();
-                let positive: Vec<u32> = (0..n as u32).filter(|&i| !(x[i as usize] <= threshold)).collect();
+                    all.clone().filter(|&i| stays(x[i as usize].abs() * scale[i as usize])).collect();
+                let positive: Vec<u32> = all.filter(|&i| stays(x[i as usize])).collect();
                 for isa in crate::isa::available() {
                     scaled(isa, &x, &scale, threshold, &mut index, &mut value);
                     assert_eq!(index, expected, "{isa} {n}");

@@ -13,12 +13,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+/// One number per column.
+type Squares = Arc<[f64]>;
+
 /// The weights of one model.
 #[derive(Debug)]
 pub struct ModelWeights {
     model: Arc<Model>,
     /// Squared norms of the columns of single projections.
-    squares: Mutex<BTreeMap<(usize, Proj), Arc<Vec<f64>>>>,
+    squares: Mutex<BTreeMap<(usize, Proj), Squares>>,
     /// Norms of groups, as tensors.
     norms: Mutex<BTreeMap<(usize, Vec<Proj>), Tensor>>,
 }
@@ -33,10 +36,10 @@ impl ModelWeights {
         Some(&self.model.blocks.get(layer)?.linear(proj)?.weight)
     }
 
-    fn squares(&self, layer: usize, proj: Proj) -> Option<Arc<Vec<f64>>> {
+    fn squares(&self, layer: usize, proj: Proj) -> Option<Squares> {
         let weight = self.weight(layer, proj)?;
         let mut known = self.squares.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = known.entry((layer, proj)).or_insert_with(|| Arc::new(column_squares(weight)));
+        let made = known.entry((layer, proj)).or_insert_with(|| Arc::from(column_squares(weight)));
         Some(made.clone())
     }
 }
