@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn equal_mean_squares_give_the_mask_of_cats() {
-        let chess = planned(&Chess, &[("sparsity", 0.4), ("norms", 0.0)], &layers(1, "silu"), &NoWeights, rows(|_| 2.0));
+        let chess =
+            planned(&Chess, &[("sparsity", 0.4), ("norms", 0.0)], &layers(1, "silu"), &NoWeights, rows(|_| 2.0));
         let cats = planned(&Cats, &[("sparsity", 0.4)], &layers(1, "silu"), &NoWeights, rows(|_| 2.0));
         let neurons = chess.iter().find(|e| e.rule.place() == "mlp neurons").unwrap();
         assert!(
