@@ -159,8 +159,10 @@ impl Pass<'_> {
         match w {
             Mlp::Gated(gated) => {
                 self.show_input(&[Proj::Gate, Proj::Up], width, x);
-                let (gate, h) = self.neurons(gated, x);
+                let (gate, up) = self.neurons(gated, x);
                 let inner = gated.gate.weight.outputs();
+                let h: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g * u).collect();
+                show(self.observer, Point::Up { layer: self.layer }, inner, &up);
                 show(self.observer, Point::Neurons { layer: self.layer }, inner, &gate);
                 self.show_input(&[Proj::Down], inner, &h);
                 linear(&gated.down, &h)
@@ -179,7 +181,8 @@ impl Pass<'_> {
                 let mut out = vec![0.0; x.len()];
                 for (token, y) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
                     for (expert, share) in self.route(linear(router, token)) {
-                        let (_, h) = self.neurons(&experts[expert], token);
+                        let (gate, up) = self.neurons(&experts[expert], token);
+                        let h: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g * u).collect();
                         axpy(share, &linear(&experts[expert].down, &h), y);
                     }
                 }
@@ -188,12 +191,11 @@ impl Pass<'_> {
         }
     }
 
-    /// `(act(gate x), act(gate x) * up x)`.
+    /// `(act(gate x), up x)`.
     fn neurons(&self, w: &Gated, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut gate = linear(&w.gate, x);
         gate.iter_mut().for_each(|v| *v = activate(self.block.act, *v));
-        let h = gate.iter().zip(linear(&w.up, x)).map(|(g, u)| g * u).collect();
-        (gate, h)
+        (gate, linear(&w.up, x))
     }
 
     /// The experts of one token with their shares: the largest of `softmax(scores)`, ties to the lower number.

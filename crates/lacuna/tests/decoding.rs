@@ -261,7 +261,7 @@ fn the_embedded_model_tells_the_same_story() {
     }
     let model = lacuna::model::Checkpoint::embedded(&LoadOptions::default()).unwrap().bind().unwrap();
     let tokenizer = embedded::tokenizer().unwrap();
-    let (sparse, dense) = with_plan(model, "relu", &[]);
+    let (sparse, dense) = with_plan(model, "relu", &[1, 2, 3]);
     let mut recycling = Decoder::token_recycling(RecyclingOptions::default()).unwrap();
     for (sampling, stop) in
         [(SamplerOptions::greedy(), vec![]), (sampled(3), vec![]), (sampled(4), vec!["the ".into()])]

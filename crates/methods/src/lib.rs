@@ -8,5 +8,9 @@ pub mod activations;
 pub mod decoding;
 pub mod registry;
 
+mod common;
+mod prior;
+mod train;
+
 #[cfg(test)]
 mod testing;

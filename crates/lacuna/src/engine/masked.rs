@@ -5,7 +5,7 @@ use super::{
     compiled::{ChosenBy, InputRule, LayerPlan, NeuronRule},
     linear::{Linears, Part, Sparsity},
     rows,
-    sparse::Selection,
+    sparse::{Selection, scores},
 };
 use lacuna_core::plan::{Selector, Stage};
 use lacuna_kernels::{
@@ -108,13 +108,7 @@ pub(super) fn neurons(
             kept
         }
         ChosenBy::Predictor { down, relu, up } => {
-            let mut hidden = vec![0.0; n * down.weight.outputs()];
-            let mut scores = vec![0.0; gate.len()];
-            linears.prefill(pool, x, n, &mut [(down, &mut hidden)]);
-            if *relu {
-                elementwise::act(Activation::Relu, &mut hidden);
-            }
-            linears.prefill(pool, &hidden, n, &mut [(up, &mut scores)]);
+            let scores = scores(pool, linears, (x, n), (down, *relu, up));
             activate(gate);
             let kept = AtomicU64::new(0);
             rows::each(pool, gate, inner, |i, row| {

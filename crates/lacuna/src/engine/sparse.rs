@@ -211,7 +211,7 @@ impl Neurons<'_> {
                 0
             }
             ChosenBy::Predictor { down, relu, up } => {
-                let scores = predict(pool, linears, x, (down, *relu, up));
+                let scores = scores(pool, linears, (x, 1), (down, *relu, up));
                 chosen.select(selector, &scores, true, self.prompt);
                 self.rule.predictor_bytes() + self.gates(pool, linears, x, chosen)
             }
@@ -227,15 +227,21 @@ impl Neurons<'_> {
     }
 }
 
-/// Scores of all neurons by a predictor.
-fn predict(pool: &Pool, linears: &mut Linears, x: &[f32], (down, relu, up): (&Linear, bool, &Linear)) -> Vec<f32> {
-    let mut hidden = vec![0.0; down.weight.outputs()];
-    let mut scores = vec![0.0; up.weight.outputs()];
-    linears.dense(pool, x, 1, &mut [(down, &mut hidden)]);
+/// Scores of all neurons for the `n` rows of `x`, by a low-rank network; each row has the bits that it has alone, so that
+/// masked passes choose what decode chooses.
+pub(super) fn scores(
+    pool: &Pool,
+    linears: &mut Linears,
+    (x, n): (&[f32], usize),
+    (down, relu, up): (&Linear, bool, &Linear),
+) -> Vec<f32> {
+    let mut hidden = vec![0.0; n * down.weight.outputs()];
+    let mut scores = vec![0.0; n * up.weight.outputs()];
+    linears.dense(pool, x, n, &mut [(down, &mut hidden)]);
     if relu {
         elementwise::act(Activation::Relu, &mut hidden);
     }
-    linears.dense(pool, &hidden, 1, &mut [(up, &mut scores)]);
+    linears.dense(pool, &hidden, n, &mut [(up, &mut scores)]);
     scores
 }
 

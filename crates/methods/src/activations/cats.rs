@@ -5,7 +5,7 @@
 //! read for kept neurons only, `(1 + 2p)/3` of the MLP's bytes for a kept share `p`; attention is untouched.
 //! The paper: Mistral-7B and Llama2-7B within 1-2 % of dense at 50 %. With ReLU and `t = 0` it is exact.
 
-use super::common::{SPARSITY, mlp_layers, neuron_magnitudes, not_applicable, threshold};
+use crate::common::{SPARSITY, mlp_layers, neuron_magnitudes, not_applicable, threshold};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},

@@ -7,7 +7,7 @@
 //! and is the yardstick for other methods. The search starts from the error that columns at right angles would have and
 //! corrects it with three exact evaluations on sampled tokens.
 
-use super::common::{mlp_layers, not_applicable};
+use crate::common::{mlp_layers, not_applicable};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector},

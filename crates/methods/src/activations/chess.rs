@@ -9,7 +9,7 @@
 //! default a neuron also counts with the norm of its column of down (KL 0.0012); `norms=0` is the paper's rule. Two passes
 //! over the text: the mean squares, then the scores.
 
-use super::common::{SPARSITY, input_point, mlp_layers, not_applicable, switch, threshold};
+use crate::common::{SPARSITY, input_point, mlp_layers, not_applicable, switch, threshold};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},

@@ -6,7 +6,7 @@
 //! recommends over counting signs). Decode keeps the strongest share and nothing else: no selection per token, one list
 //! per layer and prompt. A longer conversation adds to the sums. Nothing is calibrated.
 
-use super::common::{SPARSITY, mlp_layers, not_applicable, switch};
+use crate::common::{SPARSITY, mlp_layers, not_applicable, switch};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector},

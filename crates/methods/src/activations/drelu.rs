@@ -5,7 +5,7 @@
 //! not zero: `(1 + p1 + p)/3` of the MLP's bytes for shares `p1` of open gates and `p` of products. On a model with ReLU
 //! on the gate alone the second selection finds nothing more, and it equals `relu`.
 
-use super::common::{mlp_layers, neuron_magnitudes, not_applicable};
+use crate::common::{mlp_layers, neuron_magnitudes, not_applicable};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector, Stage},

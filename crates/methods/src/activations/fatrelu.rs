@@ -4,7 +4,7 @@
 //! layers raises the sparsity a little (88.1 to 89.3 % on their 7B) at no loss. `t = 0` is `relu`, exactly. Only for
 //! models with ReLU or squared ReLU.
 
-use super::common::{mlp_layers, neuron_magnitudes, not_applicable};
+use crate::common::{mlp_layers, neuron_magnitudes, not_applicable};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector},

@@ -3,17 +3,14 @@
 pub mod cats;
 pub mod cett;
 pub mod chess;
-mod common;
 pub mod core_neurons;
 pub mod drelu;
 pub mod fatrelu;
 pub mod predictor;
-mod prior;
 pub mod q_sparse;
 pub mod r_sparse;
 pub mod relu;
 pub mod spark;
 pub mod teal;
 pub mod topk;
-mod train;
 pub mod wina;

@@ -8,7 +8,7 @@
 //! Unlike thresholds on the gate it saves the gate too: about `p` of the MLP's bytes plus the predictor's. Recall and
 //! precision on tokens that were not trained on are reported. Built for ReLU models; on others recall is what it is.
 
-use super::{
+use crate::{
     common::{SPARSITY, mlp_layers, not_applicable},
     train::{Example, Trained, train},
 };

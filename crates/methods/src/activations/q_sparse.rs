@@ -5,7 +5,7 @@
 //! it is: the paper's models were trained so, and divide the kept vector by its norm; no such checkpoint is public, and
 //! that division is not applied. Needs no calibration text.
 
-use super::common::{SPARSITY, projections, readers, top};
+use crate::common::{SPARSITY, projections, readers, top};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},

@@ -7,7 +7,7 @@
 //! rank helps q and k of the first layer. So here the first `layers` layers' q and k get `alpha`, and everything else is
 //! plain magnitude. The factors come from subspace iteration on the dequantised weight; memory grows by their size.
 
-use super::common::{SPARSITY, input_point, projections, threshold};
+use crate::common::{SPARSITY, input_point, projections, threshold};
 use lacuna_core::{
     method::{Citation, LayerShape, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, LowRank, Rule},

@@ -5,7 +5,7 @@
 //! not zero: with a kept share p the MLP reads (1 + 2p)/3 of its bytes. Fails (and says so) on activations that never
 //! return exact zeros.
 
-use super::common::{mlp_layers, neuron_magnitudes, not_applicable};
+use crate::common::{mlp_layers, neuron_magnitudes, not_applicable};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector},

@@ -6,7 +6,7 @@
 //! stays). The kept share is `k/d` only where `z` is about normal: heavy tails keep more or less, which the counters of
 //! `bench` show. Small negative gates are dropped first, so on SiLU it keeps the open half before anything else.
 
-use super::common::{SPARSITY, mlp_layers, not_applicable, top};
+use crate::common::{SPARSITY, mlp_layers, not_applicable, top};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector, Stage},

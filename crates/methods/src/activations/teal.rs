@@ -7,7 +7,7 @@
 //! searches (`prior=1`), or evenly (`prior=0`). Reads `(1 - s)` of the bytes; quality falls smoothly to about 50 % on
 //! large models, earlier on small ones.
 
-use super::{
+use crate::{
     common::{SPARSITY, input_point, projections, switch, threshold},
     prior::allocation,
 };

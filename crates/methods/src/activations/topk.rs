@@ -5,7 +5,7 @@
 //! with a fixed count instead of a threshold (Sirius' authors found that thresholds drift between tasks). Exact
 //! selection per token, ties to the lower neuron. Needs no calibration text.
 
-use super::common::{SPARSITY, mlp_layers, not_applicable, top};
+use crate::common::{SPARSITY, mlp_layers, not_applicable, top};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},

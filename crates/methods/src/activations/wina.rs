@@ -6,7 +6,7 @@
 //! (`joint=1`); with `joint=0` each has its own. `topk=1` keeps exactly `K` channels and needs no text; the default is a
 //! calibrated threshold, which is cheaper and lets hard tokens keep more. On down, the order is that of CETT.
 
-use super::{
+use crate::{
     common::{SPARSITY, input_point, projections, readers, switch, threshold, top},
     prior::allocation,
 };
