@@ -347,7 +347,7 @@ mod tests {
         assert_eq!(plan.calibration_tokens, 4);
         assert!(plan.entries.iter().all(|e| e.kept == Some(0.5)));
         assert!(!plan.entries.iter().any(|e| matches!(e.rule, Rule::Inputs { proj: Proj::Up | Proj::Down, .. })));
-        let ((plan, _), seen) = run("chess=0.5");
+        let ((plan, _), seen) = run("chess=0.5:norms=0");
         assert_eq!(seen.iter().map(|s| s.0).collect::<Vec<_>>(), [0, 0, 1, 1]);
         assert_eq!(plan.entries.len(), 2 * 3);
     }

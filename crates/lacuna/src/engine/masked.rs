@@ -79,8 +79,8 @@ fn low_rank(
     let rest: Vec<f32> = x.iter().zip(masked).map(|(x, m)| x - m).collect();
     let mut through = vec![0.0; n * down.weight.outputs()];
     let mut add = vec![0.0; out.len()];
-    linears.prefill(pool, &rest, n, &mut [(down, &mut through)]);
-    linears.prefill(pool, &through, n, &mut [(up, &mut add)]);
+    linears.dense(pool, &rest, n, &mut [(down, &mut through)]);
+    linears.dense(pool, &through, n, &mut [(up, &mut add)]);
     elementwise::add(out, &add);
 }
 
