@@ -137,6 +137,7 @@ impl Operand {
         &self.int8
     }
 
+    #[cfg(any(target_arch = "x86_64", test))]
     pub(crate) fn q4_0(&self) -> &Q4_0 {
         &self.q4_0
     }

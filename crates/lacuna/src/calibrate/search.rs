@@ -2,7 +2,7 @@
 //!
 //! Both searches run single blocks on the residual stream that the dense model has before them, and compare what the
 //! block leaves with what the dense block leaves. [`Search::greedy`] is TEAL's: within each block, take the next slice of
-//! weights where it hurts least. [`Search::equal_error`] gives every block the share at which its relative error is the
+//! weights where it hurts least. [`Curves::equal_error`] gives every block the share at which its relative error is the
 //! same for all (the idea of CETT): one number, bisected. Neither knows which method it searches for.
 
 use super::{Subject, checkpoint::Checkpoint};

@@ -29,7 +29,7 @@ pub struct Pass {
 /// Scores `windows` with both engines in masked passes: what each would decode, at the speed of prefill. `progress(done, all)` counts windows.
 ///
 /// # Errors
-/// As [`divergence`], and windows that hold no text.
+/// As [`divergence()`], and windows that hold no text.
 pub fn pass(
     dense: &Engine,
     test: &Engine,
