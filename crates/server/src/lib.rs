@@ -1,2 +1,4 @@
-//! The server: HTTP in front of one engine. Keeps tokio and hyper out of the library.
+//! The server: an OpenAI-compatible interface over the engine, in three layers. [`http`] knows sockets and no model.
 #![forbid(unsafe_code)]
+
+pub mod http;
