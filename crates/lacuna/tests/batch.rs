@@ -6,7 +6,7 @@ mod common {
 
 use common::random::{self, Kind, MlpKind, PLAIN_LLAMA, distance, tokens};
 use lacuna::{
-    engine::{CompiledPlan, Engine, InputRule, KvType, LayerPlan, NeuronRule, Options, Session, TokenTree},
+    engine::{CompiledPlan, Engine, InputRule, KV_BLOCK, KvType, LayerPlan, NeuronRule, Options, Session, TokenTree},
     error::Error,
     model::{
         LoadOptions, load,
@@ -247,4 +247,36 @@ fn what_cannot_run_is_an_error_before_any_work() {
     a.truncate(1);
     assert!(a.accept(5).is_err() && a.len() == 1, "the tree is settled");
     a.decode(1).expect("decodes");
+}
+
+#[test]
+fn a_session_that_begins_with_blocks_of_another_has_the_same_bits() {
+    for (name, e) in engines() {
+        if e.follows_prompts() {
+            continue;
+        }
+        let prompt = tokens(150, 9);
+        let mut first = begun(&e, &prompt);
+        let blocks = first.blocks();
+        assert_eq!(blocks.len(), 150 / KV_BLOCK, "{name}");
+        let (used, mut second) = (e.blocks_in_use(), e.session(0).expect("a session"));
+        second.begin_with(&blocks).expect("they fit");
+        assert_eq!((second.len(), e.blocks_in_use()), (128, used), "{name}: nothing is copied");
+        second.prefill(&prompt[128..]).expect("prefills");
+        assert!(same_bits(second.logits(), first.logits()), "{name}");
+        // Both write behind the same blocks; then one of them into a shared block.
+        for t in [3, 5, 8] {
+            let want = first.decode(t).expect("decodes").to_vec();
+            assert!(same_bits(second.decode(t).expect("decodes"), &want), "{name}");
+        }
+        let (mut third, mut alone) = (e.session(0).expect("a session"), begun(&e, &prompt[..100]));
+        third.begin_with(&blocks).expect("they fit");
+        third.truncate(100);
+        let want = alone.decode(7).expect("decodes").to_vec();
+        assert!(same_bits(third.decode(7).expect("decodes"), &want), "{name}");
+        assert!(same_bits(second.decode(1).expect("decodes"), &first.decode(1).expect("decodes").to_vec()), "{name}");
+        assert!(first.begin_with(&blocks).is_err(), "{name}: not empty");
+        drop((first, second, third, alone, blocks));
+        assert_eq!(e.blocks_in_use(), 0, "{name}");
+    }
 }

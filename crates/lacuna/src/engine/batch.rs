@@ -75,8 +75,13 @@ impl Engine {
 
 /// Whether the plan must run session by session: what it keeps lies with the session, or it masks rows of prefill.
 fn alone(plan: &CompiledPlan) -> bool {
+    plan.masked || follows_prompts(plan)
+}
+
+/// Whether the plan has neurons that follow the prompt.
+pub(super) fn follows_prompts(plan: &CompiledPlan) -> bool {
     let mut rules = plan.layers.iter().filter_map(|layer| layer.neurons.as_ref());
-    plan.masked || rules.any(|rule| matches!(rule.selector.cut, Cut::Prompt { .. }))
+    rules.any(|rule| matches!(rule.selector.cut, Cut::Prompt { .. }))
 }
 
 impl Counters {

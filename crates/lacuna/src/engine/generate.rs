@@ -179,14 +179,18 @@ fn first(session: &Session, sampler: &mut Sampler) -> u32 {
 
 /// Finds stop strings in a stream of text and holds back what may become one.
 #[derive(Debug)]
-struct Stops<'a> {
-    stops: &'a [String],
+pub struct Stops {
+    stops: Vec<String>,
     held: String,
     stopped: bool,
 }
 
-impl<'a> Stops<'a> {
-    fn new(stops: &'a [String]) -> Result<Self> {
+impl Stops {
+    /// For these stop strings.
+    ///
+    /// # Errors
+    /// Strings that are empty, too long or too many.
+    pub fn new(stops: &[String]) -> Result<Self> {
         let error = |problem: String| Err(Error::Argument { name: "stop", problem });
         if stops.len() > MAX_STOPS {
             return error(format!("{} texts, more than the {MAX_STOPS} allowed", stops.len()));
@@ -194,11 +198,11 @@ impl<'a> Stops<'a> {
         if let Some(bad) = stops.iter().find(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
             return error(format!("a text has {} bytes, allowed are 1 to {MAX_STOP_BYTES}", bad.len()));
         }
-        Ok(Self { stops, held: String::new(), stopped: false })
+        Ok(Self { stops: stops.to_vec(), held: String::new(), stopped: false })
     }
 
     /// The text that is certain after `text`, and whether a stop string was found behind it.
-    fn push(&mut self, text: &str) -> (String, bool) {
+    pub fn push(&mut self, text: &str) -> (String, bool) {
         self.held.push_str(text);
         if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
             self.held.truncate(at);
@@ -211,7 +215,7 @@ impl<'a> Stops<'a> {
     }
 
     /// What was held back when the text ended without a stop string.
-    fn finish(&mut self, text: &str) -> String {
+    pub fn finish(&mut self, text: &str) -> String {
         if self.stopped {
             return String::new();
         }

@@ -1,5 +1,6 @@
 //! The key/value cache: positions in blocks of [`PAGE_LEN`], each block one buffer that holds the page of every layer.
 //! Blocks come from a free list that the sessions of an engine share, and are made when a context grows into them.
+//! Several caches may hold one block; the one that writes to it takes a copy first, unless it is the last.
 
 use crate::{
     error::{Error, Result},
@@ -11,7 +12,10 @@ use lacuna_kernels::{
 };
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// Where the page of each layer lies in a block, and the blocks that no session uses.
@@ -20,6 +24,33 @@ pub(super) struct BlockPool {
     /// Start of each layer's page, then the length of a block.
     offsets: Vec<usize>,
     free: Mutex<Vec<PageBuf>>,
+    used: AtomicUsize,
+}
+
+/// A block that goes back to its pool when nobody holds it any more.
+struct Block {
+    bytes: PageBuf,
+    pool: Arc<BlockPool>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.pool.give(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Keys and values of [`KV_BLOCK`] positions in all layers, computed once and held by any number of sessions.
+#[derive(Clone)]
+pub struct KvBlock(Arc<Block>);
+
+/// Positions of a block of keys and values.
+pub const KV_BLOCK: usize = PAGE_LEN;
+
+impl KvBlock {
+    /// Its size in memory.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes.len()
+    }
 }
 
 fn shape(block: &BlockSpec) -> KvShape {
@@ -43,16 +74,24 @@ impl BlockPool {
                 problem: format!("layer {layer}: keys of {:?} have no page size", shape(block)),
             })?);
         }
-        Ok(Self { ty, offsets, free: Mutex::new(Vec::new()) })
+        Ok(Self { ty, offsets, free: Mutex::new(Vec::new()), used: AtomicUsize::new(0) })
     }
 
-    fn take(&self) -> PageBuf {
+    fn take(self: &Arc<Self>) -> Arc<Block> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        free.unwrap_or_else(|| PageBuf::zeroed(self.offsets.last().copied().unwrap_or(0)))
+        let bytes = free.unwrap_or_else(|| PageBuf::zeroed(self.offsets.last().copied().unwrap_or(0)));
+        self.used.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Block { bytes, pool: self.clone() })
     }
 
-    fn give(&self, blocks: impl Iterator<Item = PageBuf>) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).extend(blocks);
+    fn give(&self, bytes: PageBuf) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+    }
+
+    /// Number of blocks that somebody holds.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// Number of blocks that wait for a user.
@@ -65,45 +104,54 @@ impl BlockPool {
 /// The keys and values of one session, or those of a fork of it.
 pub(super) struct KvCache {
     pool: Arc<BlockPool>,
-    /// Blocks that a fork shares with its trunk; 0 for the trunk.
-    first: usize,
-    blocks: Vec<PageBuf>,
+    blocks: Vec<Arc<Block>>,
 }
 
 impl KvCache {
     pub fn new(pool: Arc<BlockPool>) -> Self {
-        Self { pool, first: 0, blocks: Vec::new() }
+        Self { pool, blocks: Vec::new() }
     }
 
     /// Makes room for `len` positions.
     pub fn grow(&mut self, len: usize) {
-        while self.first + self.blocks.len() < len.div_ceil(PAGE_LEN) {
+        while self.blocks.len() < len.div_ceil(PAGE_LEN) {
             self.blocks.push(self.pool.take());
         }
     }
 
-    /// Gives back the blocks behind position `len`.
+    /// Lets go of the blocks behind position `len`.
     pub fn truncate(&mut self, len: usize) {
-        let keep = len.div_ceil(PAGE_LEN).min(self.blocks.len());
-        self.pool.give(self.blocks.drain(keep..));
+        self.blocks.truncate(len.div_ceil(PAGE_LEN));
     }
 
-    /// Another continuation of the first `len` positions: shares the whole blocks and copies the one that is partly full.
+    /// Another continuation of the first `len` positions.
     pub fn fork(&self, len: usize) -> Self {
-        let first = len / PAGE_LEN;
-        let copy = |block: &PageBuf| {
-            let mut copy = self.pool.take();
-            copy.copy_from_slice(block);
-            copy
-        };
-        let partial = if len.is_multiple_of(PAGE_LEN) { &[] } else { &self.blocks[first..=first] };
-        Self { pool: self.pool.clone(), first, blocks: partial.iter().map(copy).collect() }
+        Self { pool: self.pool.clone(), blocks: self.blocks[..len.div_ceil(PAGE_LEN)].to_vec() }
     }
 
-    /// Goes on as `fork`, which was made from this cache.
-    pub fn adopt(&mut self, mut fork: Self) {
-        self.truncate(fork.first * PAGE_LEN);
-        self.blocks.append(&mut fork.blocks);
+    /// The blocks of the first `len` positions that are full.
+    pub fn whole(&self, len: usize) -> Vec<KvBlock> {
+        self.blocks[..len / PAGE_LEN].iter().cloned().map(KvBlock).collect()
+    }
+
+    /// Goes on behind `blocks`; whether they are of this cache's pool.
+    pub fn begin_with(&mut self, blocks: &[KvBlock]) -> bool {
+        let ours = blocks.iter().all(|b| Arc::ptr_eq(&b.0.pool, &self.pool));
+        if ours {
+            self.blocks = blocks.iter().map(|b| b.0.clone()).collect();
+        }
+        ours
+    }
+
+    /// The bytes of a block for writing: a copy of it if others hold it too.
+    fn own<'a>(pool: &Arc<BlockPool>, block: &'a mut Arc<Block>) -> &'a mut [u8] {
+        if Arc::get_mut(block).is_none() {
+            let mut copy = pool.take();
+            let bytes = &mut Arc::get_mut(&mut copy).expect("nobody else has seen it yet").bytes;
+            bytes.copy_from_slice(&block.bytes);
+            *block = copy;
+        }
+        &mut Arc::get_mut(block).expect("it was the only one, or is now").bytes
     }
 
     /// Stores keys and values (`kv_heads * head_dim` numbers per position) of positions from `start` on; blocks are
@@ -112,14 +160,14 @@ impl KvCache {
         let width = block.kv_heads * block.head_dim;
         let (range, ty) = (self.page(layer, block), self.pool.ty);
         let (n, mut done, mut parts) = (k.len() / width, 0, Vec::new());
-        for buffer in &mut self.blocks[start / PAGE_LEN - self.first..] {
+        for shared in &mut self.blocks[start / PAGE_LEN..] {
             let slot = (start + done) % PAGE_LEN;
             let rows = done..n.min(done + PAGE_LEN - slot);
             if rows.is_empty() {
                 break;
             }
             done = rows.end;
-            parts.push(Mutex::new((&mut buffer[range.clone()], slot, rows)));
+            parts.push(Mutex::new((&mut Self::own(&self.pool, shared)[range.clone()], slot, rows)));
         }
         // Each part is taken by one chunk, so the lock is never waited for.
         pool.run(parts.len(), &|_, chunk| {
@@ -138,18 +186,11 @@ impl KvCache {
         start..start + bytes
     }
 
-    /// Calls `f` with the pages of `layer`; `trunk` is what a fork was made from.
-    pub fn read<R>(&self, trunk: &Self, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
+    /// Calls `f` with the pages of `layer`.
+    pub fn read<R>(&self, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
         let range = self.page(layer, block);
-        let blocks = trunk.blocks[..self.first].iter().chain(&self.blocks);
-        let pages: Vec<&[u8]> = blocks.map(|b| &b[range.clone()]).collect();
+        let pages: Vec<&[u8]> = self.blocks.iter().map(|b| &b.bytes[range.clone()]).collect();
         f(&Cache { ty: self.pool.ty, page_len: PAGE_LEN, pages: &pages })
-    }
-}
-
-impl Drop for KvCache {
-    fn drop(&mut self) {
-        self.truncate(0);
     }
 }
 
@@ -164,7 +205,6 @@ pub(super) struct Place {
 
 /// Where the rows of a pass lie: in one context behind one another, in several contexts, or on the paths of a tree.
 pub(super) struct Places<'a> {
-    /// Contexts; or a trunk and its forks.
     caches: Vec<&'a mut KvCache>,
     rows: Vec<Place>,
 }
@@ -175,7 +215,7 @@ impl<'a> Places<'a> {
         Self { caches: vec![kv], rows: (start..start + n).map(|position| Place { position, caches: 0..1 }).collect() }
     }
 
-    /// Rows anywhere. Forks stand behind their trunk, which is then the first cache.
+    /// Rows anywhere: of several contexts, or of a context and its forks.
     pub fn new(caches: Vec<&'a mut KvCache>, rows: Vec<Place>) -> Self {
         Self { caches, rows }
     }
@@ -211,7 +251,7 @@ impl<'a> Places<'a> {
 
     /// Calls `f` with the pages of `layer` that `row` sees.
     pub fn read<R>(&self, row: usize, layer: usize, block: &BlockSpec, f: impl FnOnce(&Cache<'_>) -> R) -> R {
-        self.caches[self.rows[row].caches.start].read(self.caches[0], layer, block, f)
+        self.caches[self.rows[row].caches.start].read(layer, block, f)
     }
 }
 
@@ -276,9 +316,8 @@ mod tests {
                 kv.write(&threads, 1, block, at, &row(at + add), &row(at + add));
             }
         };
-        let pages = |kv: &KvCache, trunk: &KvCache| {
-            kv.read(trunk, 1, block, |c| c.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
-        };
+        let pages =
+            |kv: &KvCache| kv.read(1, block, |c| c.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>());
         for len in [PAGE_LEN + 10, 2 * PAGE_LEN, 5] {
             let (mut trunk, mut want) = (KvCache::new(pool.clone()), KvCache::new(pool.clone()));
             fill(&mut trunk, 0, len, 0);
@@ -287,8 +326,9 @@ mod tests {
             fill(&mut trunk, len, len + 3, 1000);
             fill(&mut fork, len, len + 3, 0);
             fill(&mut want, len, len + 3, 0);
-            let seen = pages(&fork, &trunk);
-            trunk.adopt(fork);
+            assert_eq!(pool.used(), trunk.blocks.len() + want.blocks.len() + usize::from(len % PAGE_LEN != 0), "{len}");
+            let seen = pages(&fork);
+            trunk = fork;
             // Slots behind the end hold whatever a block held before; all that is compared was written.
             let slots = |pages: &[Vec<u8>]| {
                 let mut all = Vec::new();
@@ -300,8 +340,8 @@ mod tests {
                 }
                 all
             };
-            let want = slots(&pages(&want, &want));
-            assert!(slots(&seen) == want && slots(&pages(&trunk, &trunk)) == want, "{len}");
+            let want = slots(&pages(&want));
+            assert!(slots(&seen) == want && slots(&pages(&trunk)) == want, "{len}");
         }
     }
 
@@ -319,7 +359,7 @@ mod tests {
                 kv.write(&threads, 1, block, at, &rows, &rows);
                 at += n;
             }
-            kv.read(&kv, 1, block, |cache| cache.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
+            kv.read(1, block, |cache| cache.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>())
         };
         let whole = write_all(&[150]);
         assert_eq!(whole.len(), 3);

@@ -29,7 +29,7 @@ pub mod transpose;
 mod tree;
 
 pub use compiled::{ChosenBy, CompiledPlan, Counters, InputRule, LayerCounts, LayerPlan, NeuronRule, SiteCount};
-pub use kv::kv_bytes;
+pub use kv::{KV_BLOCK, KvBlock, kv_bytes};
 pub use lacuna_kernels::attention::KvType;
 pub use session::Session;
 pub use tree::{MAX_TREE, TokenTree};
@@ -136,6 +136,16 @@ impl Engine {
     /// Most tokens that prefill runs at once.
     pub fn prefill_chunk(&self) -> usize {
         self.shared.prefill_chunk
+    }
+
+    /// Blocks of keys and values that sessions and [`KvBlock`]s hold at the moment.
+    pub fn blocks_in_use(&self) -> usize {
+        self.shared.blocks.used()
+    }
+
+    /// Whether what decode keeps follows from how the whole prompt was computed in the same session.
+    pub fn follows_prompts(&self) -> bool {
+        self.shared.plan.as_deref().is_some_and(batch::follows_prompts)
     }
 
     /// Bytes that a dense decode step reads with `depth` tokens in the context: weights (of the active experts only),

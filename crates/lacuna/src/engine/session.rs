@@ -3,7 +3,7 @@
 use super::{
     compiled::Counters,
     forward::{Forward, Mode, Nobody, Workspace, head_input, sized},
-    kv::{KvCache, Place, Places},
+    kv::{KV_BLOCK, KvBlock, KvCache, Place, Places},
     kv_bytes_read,
     shared::Shared,
     tree::TokenTree,
@@ -114,6 +114,33 @@ impl Session {
         self.kv.truncate(self.len);
     }
 
+    /// The full blocks of the context, for other sessions that begin alike ([`Session::begin_with`]).
+    pub fn blocks(&mut self) -> Vec<KvBlock> {
+        self.settle();
+        self.kv.whole(self.len)
+    }
+
+    /// Begins an empty context with blocks that another session of the engine has computed: the same as computing their
+    /// tokens again. Neurons that follow the prompt do not see these tokens ([`super::Engine::follows_prompts`]).
+    ///
+    /// # Errors
+    /// A context that is not empty or too small, or blocks of another engine.
+    pub fn begin_with(&mut self, blocks: &[KvBlock]) -> Result<()> {
+        let len = blocks.len() * KV_BLOCK;
+        let error = |problem: &str| Err(Error::Argument { name: "blocks", problem: problem.into() });
+        if !self.is_empty() {
+            return error("the context is not empty");
+        }
+        if len > self.context {
+            return Err(Error::Context { tokens: len, context: self.context });
+        }
+        if !self.kv.begin_with(blocks) {
+            return error("they belong to another engine");
+        }
+        self.len = len;
+        Ok(())
+    }
+
     /// Computes all tokens of `tree` as continuations of the context, in one pass that reads the weights once. None of
     /// them is in the context until [`Session::accept`] takes it; [`Session::node_logits`] has their logits. Each node's
     /// logits have the bits that decoding its path token by token gives: with `dense` without the plan, otherwise by the
@@ -184,7 +211,7 @@ impl Session {
         let Some(checked) = self.checked.take() else { return };
         let mut forks = checked.forks;
         if let Some(fork) = checked.at.and_then(|at| checked.leaves[at].start.checked_sub(1)) {
-            self.kv.adopt(forks.swap_remove(fork));
+            self.kv = forks.swap_remove(fork);
         }
         self.kv.truncate(self.len);
     }
