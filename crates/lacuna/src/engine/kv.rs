@@ -316,8 +316,7 @@ mod tests {
                 kv.write(&threads, 1, block, at, &row(at + add), &row(at + add));
             }
         };
-        let pages =
-            |kv: &KvCache| kv.read(1, block, |c| c.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>());
+        let pages = |kv: &KvCache| kv.read(1, block, |c| c.pages.iter().map(|p| p.to_vec()).collect::<Vec<_>>());
         for len in [PAGE_LEN + 10, 2 * PAGE_LEN, 5] {
             let (mut trunk, mut want) = (KvCache::new(pool.clone()), KvCache::new(pool.clone()));
             fill(&mut trunk, 0, len, 0);
