@@ -158,8 +158,11 @@ pub struct LayerShape {
     pub query: usize,
     /// Outputs of the key and of the value projection.
     pub kv: usize,
-    /// The MLP; `None` for a mixture of experts, whose experts are not reached by plans yet.
+    /// The MLP; `None` for a mixture of experts.
     pub mlp: Option<MlpShape>,
+    /// The MLP that every expert of a mixture is. A rule on neurons holds for each of them; no other rule reaches them,
+    /// and their statistics are those of all tokens that any of them served.
+    pub experts: Option<MlpShape>,
 }
 
 impl LayerShape {
@@ -256,15 +259,26 @@ pub trait Method: Sync {
     fn summary(&self) -> &'static str;
     /// Its parameters; the first is the one that `--sparse name=value` sets.
     fn params(&self) -> &'static [ParamSpec];
-    /// Weight orientations its plan can be computed on.
-    fn layouts(&self) -> &'static [Orientation];
-    /// What to observe, and tokens of calibration. Asked again after each pass until nothing new is wanted.
-    fn needs(&self, params: &Params, ctx: PlanContext<'_>) -> Needs;
-    /// The entries of the plan.
+    /// Weight orientations its plan can be computed on; by default either.
+    fn layouts(&self) -> &'static [Orientation] {
+        &[Orientation::OutputMajor, Orientation::InputMajor]
+    }
+
+    /// What to observe, and tokens of calibration; by default nothing. Asked again after each pass until nothing new is
+    /// wanted.
+    fn needs(&self, params: &Params, ctx: PlanContext<'_>) -> Needs {
+        let _ = (params, ctx);
+        Needs::default()
+    }
+
+    /// The entries of the plan; by default none, as for methods of [`Site::Decoding`].
     ///
     /// # Errors
     /// If the model has nothing this method can skip, or statistics are missing or not finite.
-    fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError>;
+    fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
+        let _ = (params, ctx);
+        Ok(Vec::new())
+    }
 
     /// What a user should know of the entries it planned, such as how well something trained; by default nothing.
     fn report(&self, _: &Params, _: PlanContext<'_>, _: &[Entry]) -> Vec<String> {

@@ -11,7 +11,7 @@ use lacuna::{
     model::{
         LoadOptions, load,
         spec::Act,
-        weights::{Mlp, Model},
+        weights::{Gated, Mlp, Model},
     },
 };
 use lacuna_core::{
@@ -63,8 +63,11 @@ fn plan(model: &Model, neurons: bool) -> CompiledPlan {
                 layer.inputs[proj as usize] = Some(InputRule::new(selector.clone(), transposed(&linear.weight)));
             }
         }
-        if let (true, Mlp::Gated(g)) = (neurons, &block.mlp) {
-            layer.neurons = Some(NeuronRule::new(Selector::non_zero(), transposed(&g.down.weight)));
+        let rule = |g: &Gated| NeuronRule::new(Selector::non_zero(), transposed(&g.down.weight));
+        match (neurons, &block.mlp) {
+            (true, Mlp::Gated(g)) => layer.neurons = Some(rule(g)),
+            (true, Mlp::Experts { experts, .. }) => layer.experts = experts.iter().map(rule).collect(),
+            _ => {}
         }
         layer
     });
@@ -78,11 +81,11 @@ fn engines() -> Vec<(String, Engine)> {
         let model = random::model(kind, seed as u64);
         all.push((format!("{kind:?}"), engine(model, 1 + seed % 2, KvType::F16)));
     }
-    for neurons in [false, true] {
-        let model = random::model(Kind { act: Act::Relu, ..PLAIN_LLAMA }, 50);
+    for (neurons, mlp) in [(false, MlpKind::Gated), (true, MlpKind::Gated), (true, MlpKind::Experts)] {
+        let model = random::model(Kind { act: Act::Relu, mlp, ..PLAIN_LLAMA }, 50);
         let plan = Arc::new(plan(&model, neurons));
         let sparse = engine(model, 2, KvType::F32).with_plan(Some(plan)).expect("a fitting plan");
-        all.push((format!("plan, neurons: {neurons}"), sparse));
+        all.push((format!("plan, {mlp:?}, neurons: {neurons}"), sparse));
     }
     all
 }

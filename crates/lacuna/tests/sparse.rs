@@ -132,6 +132,70 @@ fn relu_skipping_is_exact_and_counts_what_it_reads() {
     assert!(seen >= 3, "llama-relu, llama-relu2 and opt have exact zeros");
 }
 
+/// The mixtures of the fixtures with another activation.
+fn relu_mixtures() -> Vec<(tempfile::TempDir, Arc<Model>)> {
+    let with_relu = |name: &&str| {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap).filter(|e| e.path().is_file()) {
+            std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+        }
+        let config = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text.replace("\"hidden_act\": \"silu\"", "\"hidden_act\": \"relu\"")).unwrap();
+        let model = model(dir.path());
+        (dir, model)
+    };
+    ["mixtral", "qwen3-moe", "qwen3-moe-mixed"].iter().map(with_relu).collect()
+}
+
+#[test]
+fn experts_skip_closed_neurons_exactly_and_read_less() {
+    for (_dir, model) in relu_mixtures() {
+        let tokens = tokens_for(&model, 20);
+        for steps in ["relu", "drelu", "fatrelu=0", "cats=0"] {
+            let plan = calibrated(steps, &model, std::slice::from_ref(&tokens));
+            assert_eq!(plan.entries.len(), model.blocks.len(), "{steps}");
+            let kept = plan.entries.iter().map(|e| e.kept.unwrap()).sum::<f32>() / plan.entries.len() as f32;
+            assert!(kept > 0.3 && kept < 0.7, "{steps}: about half of random gates are open: {kept}");
+            let sparse = compiled(&plan, &model, true);
+            let skipping = engine(&sparse.model, Some(&sparse));
+            let want = logits(&engine(&sparse.model, None), &tokens, 4);
+            assert!(same_bits(&logits(&skipping, &tokens, 4), &want), "{} {steps}", model.spec.arch);
+            let dense = engine(&model, None);
+            let far = logits(&dense, &tokens, 4).iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(far < 1e-3, "input-major experts compute the same: {far}");
+            let mut session = skipping.session(0).unwrap();
+            tokens.iter().for_each(|t| drop(session.decode(*t).unwrap().to_vec()));
+            let (share, bytes) = (session.counters().neurons().share(), session.counters().bytes_per_token());
+            assert!((share - f64::from(kept)).abs() < 0.05, "{steps}: {share} of {kept}");
+            let whole = dense.bytes_per_token(tokens.len() / 2) as f64;
+            assert!(bytes < 0.95 * whole, "{steps}: {bytes} of {whole}");
+        }
+    }
+}
+
+#[test]
+fn rules_that_experts_cannot_follow_are_refused_or_leave_them_dense() {
+    let (_dir, model) = relu_mixtures().swap_remove(0);
+    let tokens = tokens_for(&model, 20);
+    let teal = calibrated("teal=0.5:prior=0", &model, std::slice::from_ref(&tokens));
+    assert!(
+        teal.entries.iter().all(|e| matches!(e.rule, Rule::Inputs { proj: Proj::Q | Proj::K | Proj::V | Proj::O, .. }))
+    );
+    let by_prompt = Rule::neurons(Selector { scale: None, cut: Cut::Prompt { count: 3 } });
+    for rule in [by_prompt, Rule::inputs(Proj::Up, Selector::non_zero())] {
+        let entries = vec![Entry { layer: 1, rule, kept: None }];
+        let (model_hash, method) = (model.hash.clone(), String::from("by hand"));
+        let plan =
+            Plan { version: PLAN_VERSION, model: model_hash, method, calibration_tokens: 0, entries, decoding: None };
+        let options =
+            CompileOptions { cache: LayoutCache::new(None, ""), break_even: BreakEven::never_dense(), masked: false };
+        let e = compile(&plan, &model, &options, &Pool::new(1), &|_, _| {}).unwrap_err().to_string();
+        assert!(e.contains("layer 1") && e.contains("experts"), "{e}");
+    }
+}
+
 #[test]
 fn a_plan_for_other_weights_or_places_is_refused() {
     let find = |name: &str| fixtures().into_iter().find(|d| d.ends_with(name)).unwrap();
@@ -279,6 +343,32 @@ fn relu_and_teal_compose_and_composition_reads_less_than_either() {
     assert!(both < relu && both < teal, "{both} {relu} {teal}");
 }
 
+fn gaussian(multiple: f32) -> Selector {
+    Selector { scale: None, cut: Cut::Gaussian { multiple } }
+}
+
+fn every_second(n: usize) -> Selector {
+    Selector { scale: None, cut: Cut::Listed { list: Tensor::list((0..n as u32).step_by(2).collect()) } }
+}
+
+/// Rules on neurons that also reach those of experts.
+fn rules_without_vectors(shapes: &[LayerShape]) -> Vec<(&'static str, Vec<Entry>)> {
+    let neurons = |make: &dyn Fn(usize) -> Rule| -> Vec<Entry> {
+        let shape = |s: &LayerShape| Some(s.mlp.as_ref().or(s.experts.as_ref())?.inner);
+        let each = |(layer, s)| Some(Entry { layer, rule: make(shape(s)?), kept: None });
+        shapes.iter().enumerate().filter_map(each).collect()
+    };
+    let staged = |on: Stage, selector: Selector, then: Option<Selector>| Rule::Neurons { on, selector, then };
+    let products = |n: usize| Some(Selector::top(n / 4));
+    vec![
+        ("neurons, top-k", neurons(&|n| Rule::neurons(Selector::top(n / 2)))),
+        ("neurons, threshold", neurons(&|_| Rule::neurons(Selector::above(0.02)))),
+        ("neurons, listed", neurons(&|n| Rule::neurons(every_second(n)))),
+        ("neurons at the gate", neurons(&|_| staged(Stage::Gate, gaussian(0.1), None))),
+        ("neurons, two cuts", neurons(&|n| staged(Stage::Activated, Selector::top(n / 2), products(n)))),
+    ]
+}
+
 /// Plans by hand with every kind of rule that fits the model.
 fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
     let weights = calibrate::weights::ModelWeights::new(model.clone());
@@ -296,11 +386,6 @@ fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
             Some(Entry { layer, rule: make(layer, s.mlp.as_ref()?.inner), kept: None })
         };
         shapes.iter().enumerate().filter_map(each).collect()
-    };
-    let gaussian = |multiple: f32| Selector { scale: None, cut: Cut::Gaussian { multiple } };
-    let every_second = |n: usize| Selector {
-        scale: None,
-        cut: Cut::Listed { list: Tensor::list((0..n as u32).step_by(2).collect()) },
     };
     let width = model.spec.width;
     let numbers = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 0.2).collect::<Vec<_>>();
@@ -322,12 +407,7 @@ fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
             "low rank",
             inputs(&|_, p, n| Rule::Inputs { proj: p, selector: Selector::top(n / 3), low_rank: Some(low_rank(p, n)) }),
         ),
-        ("neurons, top-k", neurons(&|_, n| Rule::neurons(Selector::top(n / 2)))),
         ("neurons, scaled", neurons(&|l, _| Rule::neurons(Selector::above(0.1).scaled(norms(l, Proj::Down))))),
-        (
-            "neurons at the gate",
-            neurons(&|_, _| Rule::Neurons { on: Stage::Gate, selector: gaussian(0.1), then: None }),
-        ),
         (
             "neurons, then products",
             neurons(&|l, n| Rule::Neurons {
@@ -353,10 +433,10 @@ fn plans_by_hand(model: &Arc<Model>) -> Vec<(&'static str, Plan)> {
         let (model, method) = (model.hash.clone(), String::from("by hand"));
         (name, Plan { version: PLAN_VERSION, model, method, calibration_tokens: 0, entries, decoding: None })
     };
-    lists.into_iter().filter(|l| !l.1.is_empty()).map(plan).collect()
+    lists.into_iter().chain(rules_without_vectors(&shapes)).filter(|l| !l.1.is_empty()).map(plan).collect()
 }
 
-/// Masked passes compute what decode computes, for every kind of rule, on every architecture without experts.
+/// Masked passes compute what decode computes, for every kind of rule, on every architecture.
 #[test]
 fn masked_passes_equal_decode_step_by_step() {
     for dir in fixtures() {

@@ -1,8 +1,8 @@
 //! What several methods here share: which projections a layer has, and thresholds read from histograms.
 
 use lacuna_core::{
-    method::{LayerShape, Method, MethodError, ParamSpec, PlanContext},
-    plan::{Cut, Selector},
+    method::{LayerShape, Method, MethodError, MlpShape, ParamSpec, PlanContext},
+    plan::{Cut, Entry, Rule, Selector},
     site::{Point, Proj},
     statistics::Observation,
     tensor::Tensor,
@@ -38,14 +38,58 @@ pub fn input_point(layer: usize, shape: &LayerShape, proj: Proj) -> Point {
     Point::Input { layer, proj: shape.observed_as(proj) }
 }
 
-/// Layers with an MLP outside experts.
+/// Layers with one MLP (not a mixture of experts) and its neurons.
 pub fn mlp_layers<'a>(ctx: &PlanContext<'a>) -> impl Iterator<Item = (usize, usize)> + 'a {
     ctx.layers.iter().enumerate().filter_map(|(layer, shape)| Some((layer, shape.mlp.as_ref()?.inner)))
 }
 
-/// Histograms of the activated gates.
+/// Layers with neurons, and the shape of their MLP or of each of their experts.
+fn neuron_layers<'a>(ctx: &PlanContext<'a>) -> impl Iterator<Item = (usize, &'a MlpShape)> {
+    let shape = |s: &'a LayerShape| s.mlp.as_ref().or(s.experts.as_ref());
+    ctx.layers.iter().enumerate().filter_map(move |(layer, s)| Some((layer, shape(s)?)))
+}
+
+/// Histograms of the activated gates, in experts too.
 pub fn neuron_magnitudes(ctx: &PlanContext<'_>) -> Vec<Observation> {
-    mlp_layers(ctx).map(|(layer, _)| Observation::magnitudes(Point::Neurons { layer })).collect()
+    neuron_layers(ctx).map(|(layer, _)| Observation::magnitudes(Point::Neurons { layer })).collect()
+}
+
+/// A rule on the neurons of every layer, those of experts included: `rule(layer, shape)` says which, and the share it
+/// keeps where that is known. Rules made here must not hold vectors, which experts do not share.
+///
+/// # Errors
+/// Statistics that are not finite, what `rule` says, or no layers with neurons.
+pub fn neurons(
+    method: &dyn Method,
+    ctx: &PlanContext<'_>,
+    mut rule: impl FnMut(usize, &MlpShape) -> Result<(Rule, Option<f32>), MethodError>,
+) -> Result<Vec<Entry>, MethodError> {
+    ctx.statistics.check()?;
+    let entry = |(layer, shape)| rule(layer, shape).map(|(rule, kept)| Entry { layer, rule, kept });
+    let entries: Vec<Entry> = neuron_layers(ctx).map(entry).collect::<Result<_, _>>()?;
+    if entries.is_empty() { not_applicable(method, "it has no MLP") } else { Ok(entries) }
+}
+
+/// [`neurons`] for methods that are right only where the activation returns exact zeros.
+///
+/// # Errors
+/// As [`neurons`], and an activation that does not; the message sends to `instead`.
+pub fn closed_neurons(
+    method: &dyn Method,
+    ctx: &PlanContext<'_>,
+    instead: &str,
+    rule: impl Fn(usize) -> (Rule, Option<f32>),
+) -> Result<Vec<Entry>, MethodError> {
+    neurons(method, ctx, |layer, shape| {
+        if shape.exact_zeros {
+            return Ok(rule(layer));
+        }
+        let (act, name) = (&shape.activation, method.name());
+        let reason = format!(
+            "its activation is `{act}`, which never returns exact zeros; `{name}` needs relu or relu2 (use `{instead}` here)"
+        );
+        not_applicable(method, reason)
+    })
 }
 
 /// The selector that drops a share `dropped` of the scores seen at `point`, and the share it keeps of them.

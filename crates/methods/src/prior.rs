@@ -39,7 +39,7 @@ mod tests {
     #[test]
     fn the_mean_over_the_weights_is_the_wanted_share() {
         let mlp = MlpShape { inner: 14336, gated: true, activation: "silu".into(), exact_zeros: false };
-        let llama = LayerShape { width: 4096, query: 4096, kv: 1024, mlp: Some(mlp) };
+        let llama = LayerShape { width: 4096, query: 4096, kv: 1024, mlp: Some(mlp), experts: None };
         for share in [0.0, 0.1, 0.25, 0.4, 0.5, 0.65, 0.9, 0.95] {
             let a = allocation(&llama, share);
             let weights = Proj::ALL.map(|p| llama.projection(p).map_or(0.0, |(o, i)| (o * i) as f64));

@@ -13,7 +13,7 @@ use lacuna_core::{
 pub fn layers(n: usize, activation: &str) -> Vec<LayerShape> {
     let exact_zeros = activation.starts_with("relu");
     let mlp = MlpShape { inner: 8, gated: true, activation: activation.into(), exact_zeros };
-    vec![LayerShape { width: 8, query: 8, kv: 8, mlp: Some(mlp) }; n]
+    vec![LayerShape { width: 8, query: 8, kv: 8, mlp: Some(mlp), experts: None }; n]
 }
 
 /// Weights that nobody asks for.

@@ -31,7 +31,7 @@ fn skipping() -> impl Iterator<Item = &'static &'static dyn Method> {
 
 fn layers() -> Vec<LayerShape> {
     let mlp = MlpShape { inner: INNER, gated: true, activation: "relu".into(), exact_zeros: true };
-    vec![LayerShape { width: WIDTH, query: WIDTH, kv: 32, mlp: Some(mlp) }; 3]
+    vec![LayerShape { width: WIDTH, query: WIDTH, kv: 32, mlp: Some(mlp), experts: None }; 3]
 }
 
 /// About normal values, other ones for each seed; `relu` closes the negative half.

@@ -3,9 +3,9 @@
 /// Which components rotate together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RopePairs {
-    /// `(i, i + dims/2)`.
+    /// `(i, i + dims/2)`: checkpoints of Hugging Face.
     Half,
-    /// `(2i, 2i + 1)`.
+    /// `(2i, 2i + 1)`: GGUF files of the llama architecture.
     Adjacent,
 }
 

@@ -35,23 +35,16 @@ pub const MAX_WINDOW: usize = 2048;
 /// The layers of a model as methods see them.
 pub fn layer_shapes(spec: &Spec) -> Vec<LayerShape> {
     let layer = |b: &BlockSpec| {
-        let (inner, gated) = match b.mlp {
-            MlpSpec::Gated { inner } => (inner, true),
-            MlpSpec::Plain { inner } => (inner, false),
-            MlpSpec::Experts { .. } => (0, false),
+        let shape = |inner: usize, gated: bool| {
+            let (activation, exact_zeros) = (activation_name(b.act).into(), matches!(b.act, Act::Relu | Act::Relu2));
+            Some(MlpShape { inner, gated, activation, exact_zeros })
         };
-        let mlp = MlpShape {
-            inner,
-            gated,
-            activation: activation_name(b.act).into(),
-            exact_zeros: matches!(b.act, Act::Relu | Act::Relu2),
+        let (mlp, experts) = match b.mlp {
+            MlpSpec::Gated { inner } => (shape(inner, true), None),
+            MlpSpec::Plain { inner } => (shape(inner, false), None),
+            MlpSpec::Experts { inner, .. } => (None, shape(inner, true)),
         };
-        LayerShape {
-            width: spec.width,
-            query: b.heads * b.head_dim,
-            kv: b.kv_heads * b.head_dim,
-            mlp: (inner > 0).then_some(mlp),
-        }
+        LayerShape { width: spec.width, query: b.heads * b.head_dim, kv: b.kv_heads * b.head_dim, mlp, experts }
     };
     spec.blocks.iter().map(layer).collect()
 }

@@ -164,7 +164,7 @@ impl<'a> Meter<'a> {
     fn would_fall_back(&self, plan: &Plan, model: &Model) -> Option<String> {
         let above = |e: &&Entry| {
             let proj = e.rule.covers().last().copied();
-            let weight = proj.and_then(|p| model.blocks.get(e.layer)?.linear(p)).map(|l| &l.weight);
+            let weight = proj.and_then(|p| model.blocks.get(e.layer)?.parts(p).first().map(|l| &l.weight));
             e.kept.zip(weight).is_some_and(|(k, w)| k > self.break_even.share(copy_format(w)))
         };
         let (n, all) = (plan.entries.iter().filter(above).count(), plan.entries.len());

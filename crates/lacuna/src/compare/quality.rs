@@ -113,7 +113,8 @@ fn kept(c: &Counters, of: impl Fn(&LayerCounts) -> SiteCount) -> Vec<Option<f64>
 /// Bytes of the weights that `test` holds in another orientation than `dense`.
 fn copies(dense: &Engine, test: &Engine) -> u64 {
     let blocks = dense.model().blocks.iter().zip(&test.model().blocks);
-    let pairs = blocks.flat_map(|(a, b)| Proj::ALL.into_iter().filter_map(move |p| a.linear(p).zip(b.linear(p))));
+    let pairs =
+        blocks.flat_map(|(a, b)| Proj::ALL.into_iter().flat_map(move |p| a.parts(p).into_iter().zip(b.parts(p))));
     let turned = |o: &Orientation| *o == Orientation::InputMajor;
     pairs
         .filter(|(a, b)| turned(&b.weight.orientation()) && !turned(&a.weight.orientation()))

@@ -9,11 +9,11 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::weights::{Linear, Model},
+    model::weights::{Linear, Mlp, Model},
 };
 use lacuna_core::{
     method::MethodError,
-    plan::{Entry, Plan, Rule, Selector},
+    plan::{Cut, Entry, Plan, Rule, Selector},
     site::Proj,
     tensor::Tensor,
     weight::{Orientation, Weight},
@@ -55,7 +55,32 @@ struct Place<'p> {
     layer: usize,
     /// The projection that is read by columns.
     proj: Proj,
+    /// Which expert's; 0 where there are none.
+    expert: usize,
     rule: &'p Rule,
+}
+
+impl<'p> Place<'p> {
+    /// The places of one entry: one, or one per expert.
+    fn all(entry: &'p Entry, model: &Model) -> Result<Vec<Self>, MethodError> {
+        let Entry { layer, rule, .. } = entry;
+        let proj = columns_of(rule);
+        let block = &model.blocks[*layer];
+        let reaches = match (&block.mlp, rule) {
+            (Mlp::Experts { .. }, Rule::Neurons { selector, .. }) => !matches!(selector.cut, Cut::Prompt { .. }),
+            _ => block.linear(proj).is_some(),
+        };
+        if !reaches {
+            let place = rule.place();
+            let reason = format!("layer {layer} has no {place} for it (an MLP without gate, or experts)");
+            return Err(not_applicable(reason));
+        }
+        Ok((0..block.parts(proj).len()).map(|expert| Self { layer: *layer, proj, expert, rule }).collect())
+    }
+
+    fn weight<'m>(&self, model: &'m Model) -> &'m Weight {
+        &model.blocks[self.layer].parts(self.proj)[self.expert].weight
+    }
 }
 
 /// Binds `plan` to `model`. Missing layouts are made by the threads of `pool`, with `progress(done, all)` called from
@@ -74,21 +99,22 @@ pub fn compile(
     let mut notes = Notes::default();
     let mut places = Vec::new();
     for entry in &plan.entries {
-        let place = Place { layer: entry.layer, proj: columns_of(&entry.rule), rule: &entry.rule };
-        match dense_share(entry, weight_of(model, &place)?, &options.break_even) {
+        let all = Place::all(entry, model)?;
+        let weight = all.first().map(|p| p.weight(model));
+        match weight.and_then(|w| dense_share(entry, w, &options.break_even)) {
             Some(reason) => notes.add(reason, entry),
-            None => places.push(place),
+            None => places.extend(all),
         }
     }
     let weights = match options.masked {
-        true => places.iter().map(|p| weight_of(model, p).cloned()).collect::<Result<Vec<_>, _>>()?,
-        false => input_major_weights(model, &places, options, pool, progress, &mut notes)?,
+        true => places.iter().map(|p| p.weight(model).clone()).collect(),
+        false => input_major_weights(model, &places, options, pool, progress, &mut notes),
     };
     let mut changed = Model::clone(model);
     let mut layers = vec![LayerPlan::default(); model.blocks.len()];
     for (place, weight) in places.iter().zip(weights) {
-        set_rule(&mut layers[place.layer], place, weight.clone())?;
-        if let Some(linear) = changed.blocks[place.layer].linear_mut(place.proj) {
+        set_rule(&mut layers[place.layer], place, model, weight.clone())?;
+        if let Some(linear) = changed.blocks[place.layer].part_mut(place.proj, place.expert) {
             linear.weight = weight;
         }
     }
@@ -105,14 +131,15 @@ pub fn compile(
 pub fn masked_layer(entries: &[Entry], model: &Model, layer: usize) -> Result<LayerPlan> {
     let mut rules = LayerPlan::default();
     for entry in entries.iter().filter(|e| e.layer == layer) {
-        let place = Place { layer, proj: columns_of(&entry.rule), rule: &entry.rule };
-        set_rule(&mut rules, &place, weight_of(model, &place)?.clone())?;
+        for place in Place::all(entry, model)? {
+            set_rule(&mut rules, &place, model, place.weight(model).clone())?;
+        }
     }
     Ok(rules)
 }
 
 /// Puts one rule into its layer, with its vectors checked against the weight.
-fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, weight: Weight) -> Result<(), MethodError> {
+fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, model: &Model, weight: Weight) -> Result<(), MethodError> {
     let (outputs, inputs) = (weight.outputs(), weight.inputs());
     let at = |problem: String| not_applicable(format!("layer {}, {}: it {problem}", place.layer, place.rule.place()));
     place.rule.selector().check_width(inputs).map_err(at)?;
@@ -132,7 +159,11 @@ fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, weight: Weight) -> Result<
         }
         Rule::Neurons { on, selector, then } => {
             let by = ChosenBy::Gate(*on);
-            layer.neurons = Some(neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?);
+            let rule = neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?;
+            match model.blocks[place.layer].mlp {
+                Mlp::Experts { .. } => layer.experts.push(rule),
+                _ => layer.neurons = Some(rule),
+            }
         }
         Rule::Predicted { predictor, selector, then } => {
             let rank = predictor.down.shape().first().copied().unwrap_or(0);
@@ -192,13 +223,6 @@ fn columns_of(rule: &Rule) -> Proj {
     }
 }
 
-fn weight_of<'m>(model: &'m Model, place: &Place<'_>) -> Result<&'m Weight, MethodError> {
-    let linear = model.blocks[place.layer].linear(place.proj);
-    linear.map(|l| &l.weight).ok_or_else(|| {
-        not_applicable(format!("layer {} has no single {} (an MLP without gate, or experts)", place.layer, place.proj))
-    })
-}
-
 /// Why an entry does not pay, if it does not.
 fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option<String> {
     let (format, _) = copy_format(weight);
@@ -229,16 +253,17 @@ fn input_major_weights(
     pool: &Pool,
     progress: &(dyn Fn(usize, usize) + Sync),
     notes: &mut Notes,
-) -> Result<Vec<Weight>> {
+) -> Vec<Weight> {
     let mut wanted = Vec::new();
     let mut weights = Vec::with_capacity(places.len());
     for place in places {
-        let weight = weight_of(model, place)?;
+        let weight = place.weight(model);
         if let Some(note) = copy_format(weight).1 {
             notes.count(format!("{}: {note}", place.proj), place.layer, None);
         }
         if weight.orientation() == Orientation::OutputMajor {
-            wanted.push(Wanted { layer: place.layer, proj: place.proj, weight });
+            let expert = matches!(model.blocks[place.layer].mlp, Mlp::Experts { .. }).then_some(place.expert);
+            wanted.push(Wanted { layer: place.layer, expert, proj: place.proj, weight });
         }
         weights.push(weight.clone());
     }
@@ -246,7 +271,7 @@ fn input_major_weights(
     for weight in weights.iter_mut().filter(|w| w.orientation() == Orientation::OutputMajor) {
         *weight = copies.next().expect("one copy was made for every output-major weight");
     }
-    Ok(weights)
+    weights
 }
 
 /// Notes with the layers they hold for, so that a user reads a line per kind and not one per matrix.

@@ -97,6 +97,8 @@ pub struct LayerPlan {
     pub inputs: [Option<InputRule>; 7],
     /// The neurons of the MLP; goes before rules on `up` and `down`.
     pub neurons: Option<NeuronRule>,
+    /// The neurons of each expert of a mixture; empty where they are dense.
+    pub experts: Vec<NeuronRule>,
 }
 
 impl LayerPlan {

@@ -1,13 +1,19 @@
-//! Mixtures of experts: decode runs the active experts of its token only; prefill gathers the tokens of each expert.
+//! Mixtures of experts: decode runs the active experts of its token only, and of these the neurons that a plan keeps;
+//! prefill gathers the tokens of each expert.
 
 use super::{
-    forward::{Forward, Mode, Workspace, sized},
-    mlp::gate_rows,
+    compiled::NeuronRule,
+    forward::{Forward, Mode, Workspace, layer_plan, show, sized},
+    gated_bytes, masked,
+    mlp::gate_times_up,
+    rows,
+    sparse::Neurons,
 };
 use crate::model::{
     spec::{BlockSpec, MlpSpec},
     weights::{Gated, Linear},
 };
+use lacuna_core::site::Point;
 use lacuna_kernels::elementwise::{self, Activation};
 
 /// Buffers of a mixture.
@@ -30,6 +36,14 @@ struct Route {
     share: f32,
 }
 
+impl Route {
+    /// Adds its share of `result` to its token's row of `y`.
+    fn add(&self, result: &[f32], y: &mut [f32]) {
+        let y = &mut y[self.token * result.len()..(self.token + 1) * result.len()];
+        y.iter_mut().zip(result).for_each(|(y, v)| *y += self.share * v);
+    }
+}
+
 /// The experts of every token with their shares, sorted by expert, then token: the largest of `softmax(scores)`, the
 /// lower number on ties. The order fixes the order of summation, whatever else is in the batch.
 fn route(scores: &mut [f32], experts: usize, active: usize, normalise: bool, routes: &mut Vec<Route>) {
@@ -47,84 +61,139 @@ fn route(scores: &mut [f32], experts: usize, active: usize, normalise: bool, rou
     routes.sort_by_key(|r| (r.expert, r.token));
 }
 
+/// The mixture of one layer.
+pub(super) struct Mixture<'a> {
+    pub layer: usize,
+    pub act: Activation,
+    pub router: &'a Linear,
+    pub experts: &'a [Gated],
+}
+
 impl Forward<'_> {
     /// From the normalised `h` to `y`.
-    pub(super) fn experts(&mut self, block: &BlockSpec, router: &Linear, experts: &[Gated], act: Activation, n: usize) {
+    pub(super) fn experts(&mut self, block: &BlockSpec, w: &Mixture<'_>, n: usize) {
         let MlpSpec::Experts { active, normalise, .. } = block.mlp else {
             unreachable!("loading pairs experts with their specification")
         };
         let pool = &self.shared.pool;
         let Workspace { h, linears, experts: buffers, .. } = &mut *self.ws;
-        let scores = sized(&mut buffers.scores, n * experts.len());
-        match self.mode {
-            Mode::Decode | Mode::Dense => linears.dense(pool, h, n, &mut [(router, &mut *scores)]),
-            Mode::Prefill | Mode::Masked => linears.prefill(pool, h, n, &mut [(router, &mut *scores)]),
-        }
-        route(scores, experts.len(), active, normalise, &mut buffers.routes);
-        sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
+        let scores = sized(&mut buffers.scores, n * w.experts.len());
+        let router_bytes = w.router.weight.bytes().len() as u64;
         match self.mode {
             Mode::Decode | Mode::Dense => {
-                self.counters.weight_bytes += router.weight.bytes().len() as u64;
-                self.decode_experts(experts, act, n);
+                linears.dense(pool, h, n, &mut [(w.router, &mut *scores)]);
+                self.counters.weight_bytes += router_bytes;
             }
-            Mode::Prefill | Mode::Masked => self.prefill_experts(experts, act),
+            Mode::Prefill | Mode::Masked => {
+                linears.prefill(pool, h, n, &mut [(w.router, &mut *scores)]);
+                self.counters.weight_bytes += if self.mode == Mode::Masked { n as u64 * router_bytes } else { 0 };
+            }
+        }
+        route(scores, w.experts.len(), active, normalise, &mut buffers.routes);
+        sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
+        let rules = layer_plan(self.plan, w.layer).map_or(&[][..], |p| &p.experts);
+        match self.mode {
+            Mode::Decode if rules.first().is_some_and(NeuronRule::is_input_major) => {
+                self.chosen_neurons_of(w, rules, n)
+            }
+            Mode::Decode if !rules.is_empty() => self.gathered_experts(w, rules),
+            Mode::Decode | Mode::Dense => self.decode_experts(w, n),
+            Mode::Prefill => self.gathered_experts(w, &[]),
+            Mode::Masked => self.gathered_experts(w, rules),
         }
     }
 
-    fn decode_experts(&mut self, experts: &[Gated], act: Activation, n: usize) {
+    fn decode_experts(&mut self, w: &Mixture<'_>, n: usize) {
         let pool = &self.shared.pool;
         let width = self.shared.model.spec.width;
         let Workspace { h, y, gate, up, linears, experts: buffers, .. } = &mut *self.ws;
         let routes = &buffers.routes;
-        let inner = experts[0].gate.weight.outputs();
+        let inner = w.experts[0].gate.weight.outputs();
         let (gate, up) = (sized(gate, routes.len() * inner), sized(up, routes.len() * inner));
         let mut parts: Vec<(&Linear, Vec<usize>, &mut [f32])> = Vec::with_capacity(2 * routes.len());
         let (mut gates, mut ups) = (&mut *gate, &mut *up);
         for group in routes.chunk_by(|a, b| a.expert == b.expert) {
-            let (w, tokens) = (&experts[group[0].expert], group.iter().map(|r| r.token));
+            let (e, tokens) = (&w.experts[group[0].expert], group.iter().map(|r| r.token));
             let gate = gates.split_off_mut(..group.len() * inner).unwrap_or_default();
             let up = ups.split_off_mut(..group.len() * inner).unwrap_or_default();
-            parts.push((&w.gate, tokens.clone().collect(), gate));
-            parts.push((&w.up, tokens.collect(), up));
-            let bytes = [&w.gate, &w.up, &w.down].map(|l| l.weight.bytes().len() as u64);
-            self.counters.weight_bytes += bytes.iter().sum::<u64>();
+            parts.push((&e.gate, tokens.clone().collect(), gate));
+            parts.push((&e.up, tokens.collect(), up));
+            self.counters.weight_bytes += gated_bytes(e);
         }
         linears.chosen(pool, h, n, &mut parts);
-        gate_rows(pool, act, gate, up, inner);
+        gate_times_up(pool, self.observer, (w.layer, w.act), gate, up, inner);
         let mut results = sized(&mut buffers.results, routes.len() * width);
         let (mut parts, mut first) = (Vec::with_capacity(routes.len()), 0);
         for group in routes.chunk_by(|a, b| a.expert == b.expert) {
             let out = results.split_off_mut(..group.len() * width).unwrap_or_default();
-            parts.push((&experts[group[0].expert].down, (first..first + group.len()).collect(), out));
+            parts.push((&w.experts[group[0].expert].down, (first..first + group.len()).collect(), out));
             first += group.len();
         }
         linears.chosen(pool, up, routes.len(), &mut parts);
         // Ascending experts for every token, as when it is alone.
-        for (r, result) in routes.iter().zip(buffers.results.chunks_exact(width)) {
-            let y = &mut y[r.token * width..(r.token + 1) * width];
-            y.iter_mut().zip(result).for_each(|(y, v)| *y += r.share * v);
+        routes.iter().zip(buffers.results.chunks_exact(width)).for_each(|(r, result)| r.add(result, y));
+    }
+
+    /// Decode over the neurons that the rules keep: the gates of all tokens' experts in one region, then route by route.
+    fn chosen_neurons_of(&mut self, w: &Mixture<'_>, rules: &[NeuronRule], n: usize) {
+        let (pool, layer) = (&self.shared.pool, w.layer);
+        let width = self.shared.model.spec.width;
+        let Workspace { h, y, gate, up, linears, experts: buffers, .. } = &mut *self.ws;
+        let (routes, inner) = (&buffers.routes, w.experts[0].gate.weight.outputs());
+        let gate = sized(gate, routes.len() * inner);
+        if rules[0].reads_gate() {
+            let (mut parts, mut gates) = (Vec::with_capacity(routes.len()), &mut *gate);
+            for group in routes.chunk_by(|a, b| a.expert == b.expert) {
+                let (linear, tokens) = (&w.experts[group[0].expert].gate, group.iter().map(|r| r.token));
+                let gate = gates.split_off_mut(..group.len() * inner).unwrap_or_default();
+                parts.push((linear, tokens.collect(), gate));
+                self.counters.weight_bytes += linear.weight.bytes().len() as u64;
+            }
+            linears.chosen(pool, h, n, &mut parts);
+        }
+        let result = sized(&mut buffers.results, width);
+        let observer = &mut *self.observer;
+        let mut watch = |gate: &[f32]| show(observer, Point::Neurons { layer }, inner, gate);
+        for (r, gate) in routes.iter().zip(gate.chunks_exact_mut(inner)) {
+            let e = &w.experts[r.expert];
+            let (rule, down_bias) = (&rules[r.expert], e.down.bias.as_deref());
+            let neurons = Neurons { rule, act: w.act, first: &e.gate, second: Some(&e.up), down_bias, prompt: &[] };
+            let x = &h[r.token * width..(r.token + 1) * width];
+            let used = neurons.run(pool, linears, x, (gate, up), result, &mut watch);
+            r.add(result, y);
+            self.counters.layers[layer].neurons.add(used.kept, inner);
+            self.counters.weight_bytes += used.bytes;
         }
     }
 
-    fn prefill_experts(&mut self, experts: &[Gated], act: Activation) {
-        let pool = &self.shared.pool;
+    /// Expert by expert over all of its tokens, through matrix products; with rules, each token over its own neurons.
+    fn gathered_experts(&mut self, w: &Mixture<'_>, rules: &[NeuronRule]) {
+        let (pool, layer) = (&self.shared.pool, w.layer);
         let width = self.shared.model.spec.width;
         let Workspace { h, y, gate, up, linears, experts: buffers, .. } = &mut *self.ws;
         let ExpertBuffers { routes, gathered, results, .. } = buffers;
         for group in routes.chunk_by(|a, b| a.expert == b.expert) {
-            let (w, n) = (&experts[group[0].expert], group.len());
-            let inner = w.gate.weight.outputs();
+            let (e, n) = (&w.experts[group[0].expert], group.len());
+            let inner = e.gate.weight.outputs();
             gathered.clear();
             group.iter().for_each(|r| gathered.extend_from_slice(&h[r.token * width..(r.token + 1) * width]));
             let (gate, up) = (sized(gate, n * inner), sized(up, n * inner));
-            linears.prefill(pool, gathered, n, &mut [(&w.gate, &mut *gate), (&w.up, &mut *up)]);
-            gate_rows(pool, act, gate, up, inner);
-            let results = sized(results, n * width);
-            linears.prefill(pool, up, n, &mut [(&w.down, &mut *results)]);
-            for (r, result) in group.iter().zip(results.chunks_exact(width)) {
-                let y = &mut y[r.token * width..(r.token + 1) * width];
-                y.iter_mut().zip(result).for_each(|(y, v)| *y += r.share * v);
+            linears.prefill(pool, gathered, n, &mut [(&e.gate, &mut *gate), (&e.up, &mut *up)]);
+            if let Some(rule) = rules.get(group[0].expert) {
+                let kept = masked::neurons(pool, linears, rule, (w.act, &[]), (gathered, n), gate);
+                rows::pairs(pool, gate, up, inner, |gate, up| up.iter_mut().zip(gate).for_each(|(u, g)| *u *= *g));
+                let reach = masked::products(pool, rule, kept, up, inner);
+                self.counters.layers[layer].neurons.add(kept as usize, n * inner);
+                let read = n * e.gate.weight.bytes().len();
+                let rows = kept * e.up.weight.matrix().row_bytes() as u64 + reach * rule.channel_bytes as u64;
+                self.counters.weight_bytes += read as u64 + rows;
+            } else {
+                gate_times_up(pool, self.observer, (layer, w.act), gate, up, inner);
+                self.counters.weight_bytes += if self.mode == Mode::Masked { n as u64 * gated_bytes(e) } else { 0 };
             }
+            let results = sized(results, n * width);
+            linears.prefill(pool, up, n, &mut [(&e.down, &mut *results)]);
+            group.iter().zip(results.chunks_exact(width)).for_each(|(r, result)| r.add(result, y));
         }
     }
 }

@@ -12,7 +12,7 @@ use super::{
     shared::Shared,
 };
 use crate::model::{
-    spec::{BlockSpec, NormKind, Position, RopePairs, Spec},
+    spec::{BlockSpec, NormKind, Position, Spec},
     weights::{Block, Linear, Norm},
 };
 use lacuna_core::{
@@ -240,15 +240,11 @@ impl Forward<'_> {
             }
         }
         if let Some((r, rope)) = block.rope.and_then(|r| Some((r, spec.ropes.get(r)?))) {
-            let pairs = match rope.pairs {
-                RopePairs::Half => elementwise::RopePairs::Half,
-                RopePairs::Adjacent => elementwise::RopePairs::Adjacent,
-            };
             let half = rope.freqs.len();
             for (x, heads) in [(q, block.heads), (&mut *k, block.kv_heads)] {
                 rows::each(pool, x, heads * block.head_dim, |i, row| {
                     let at = i * half..(i + 1) * half;
-                    elementwise::rope(row, block.head_dim, pairs, &cos[r][at.clone()], &sin[r][at]);
+                    elementwise::rope(row, block.head_dim, rope.pairs, &cos[r][at.clone()], &sin[r][at]);
                 });
             }
         }

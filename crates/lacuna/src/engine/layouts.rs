@@ -1,7 +1,7 @@
 //! Converted layouts on disk: one file per matrix, made once, mapped from then on, so that only one copy of a matrix
 //! is resident (nothing touches the pages of the original any more).
 //!
-//! `<cache>/layouts/<model hash>/<layer>.<projection>.<format>`: one page of JSON header, then the runs. Files appear by
+//! `<cache>/layouts/<model hash>/<layer>.<projection>.<format>` (in mixtures `<layer>.expert-<n>.<projection>...`): one page of JSON header, then the runs. Files appear by
 //! rename, so a kill in mid-write leaves at most a temporary file.
 //!
 //! A start must not read gigabytes to trust them, so there are two checks. The header holds a SHA-256 of all data, and
@@ -44,6 +44,8 @@ const HEADER: usize = 4096;
 pub struct Wanted<'a> {
     /// Layer, from 0.
     pub layer: usize,
+    /// Expert, in a mixture.
+    pub expert: Option<usize>,
     /// Projection.
     pub proj: Proj,
     /// The output-major weight.
@@ -140,7 +142,8 @@ impl LayoutCache {
             return copy;
         };
         let (format, _) = input_major_format(wanted.weight.format(), wanted.weight.outputs());
-        let path = folder.join(format!("{}.{}.{}", wanted.layer, wanted.proj, format.name()));
+        let expert = wanted.expert.map_or(String::new(), |e| format!("expert-{e}."));
+        let path = folder.join(format!("{}.{expert}{}.{}", wanted.layer, wanted.proj, format.name()));
         match read(&path, wanted.weight) {
             Ok(weight) => return weight,
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
@@ -260,7 +263,7 @@ mod tests {
     }
 
     fn get(root: Option<&Path>, w: &Weight) -> Weight {
-        let wanted = Wanted { layer: 3, proj: Proj::Down, weight: w };
+        let wanted = Wanted { layer: 3, expert: None, proj: Proj::Down, weight: w };
         let copies = LayoutCache::new(root, "abc").input_major(&[wanted], &Pool::new(1), &|_, _| {});
         copies.into_iter().next().unwrap()
     }

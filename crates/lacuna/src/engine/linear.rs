@@ -97,6 +97,12 @@ impl Linears {
         parts.iter_mut().for_each(|(linear, out)| add_bias(pool, linear, out));
     }
 
+    /// The `n` rows of `x` in the form that products with `weights` read.
+    pub fn operands<'w>(&mut self, x: &[f32], n: usize, weights: impl Iterator<Item = &'w Weight>) -> &[gemv::Operand] {
+        self.prepare(x, n, weights);
+        &self.operands[..n]
+    }
+
     /// `x` in the form that products with `weights` read.
     pub fn operand<'w>(&mut self, x: &[f32], weights: impl Iterator<Item = &'w Weight>) -> &gemv::Operand {
         self.prepare(x, 1, weights);
@@ -126,15 +132,28 @@ impl Linears {
     }
 
     /// Products of each part's weights with the rows of `x` (`n` in all) that it names, in one region: the experts of a
-    /// mixture. All must be output-major.
+    /// mixture. All must be of one width.
     pub fn chosen(&mut self, pool: &Pool, x: &[f32], n: usize, parts: &mut [(&Linear, Vec<usize>, &mut [f32])]) {
         self.prepare(x, n, parts.iter().map(|p| &p.0.weight));
-        let operands = &self.operands;
-        let lists: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(|&row| &operands[row]).collect()).collect();
-        let jobs = parts.iter_mut().zip(&lists);
-        let mut jobs: Vec<_> =
-            jobs.map(|((linear, _, y), x)| gemv::multi::Job { w: linear.weight.matrix(), x, y }).collect();
-        gemv::multi::run(pool, &mut jobs);
+        let (operands, width) = (&self.operands, x.len() / n);
+        let all = self.all.get(..width).unwrap_or_default();
+        let rows: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(|&row| &operands[row]).collect()).collect();
+        let row = |&row: &usize| (all, &x[row * width..(row + 1) * width]);
+        let channels: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(row).collect()).collect();
+        let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
+        for (((linear, _, y), rows), channels) in parts.iter_mut().zip(&rows).zip(&channels) {
+            let w = linear.weight.matrix();
+            match linear.weight.orientation() {
+                Orientation::OutputMajor => dot.push(gemv::multi::Job { w, x: rows, y }),
+                Orientation::InputMajor => axpy.push(axpy::multi::Job { wt: w, x: channels, y }),
+            }
+        }
+        if !dot.is_empty() {
+            gemv::multi::run(pool, &mut dot);
+        }
+        if !axpy.is_empty() {
+            axpy::multi::run(pool, &mut axpy);
+        }
         parts.iter_mut().for_each(|(linear, _, out)| add_bias(pool, linear, out));
     }
 

@@ -2,16 +2,24 @@
 
 use super::{
     compiled::{Counters, NeuronRule},
+    experts::Mixture,
     forward::{Forward, Mode, Site, Workspace, layer_plan, project, show, sized, sparsity},
     masked, prompt, rows,
     sparse::Neurons,
+    sparse_rows,
 };
 use crate::model::{
-    spec::{Act, BlockSpec},
+    spec::BlockSpec,
     weights::{Linear, Mlp},
 };
-use lacuna_core::site::{Point, Proj};
-use lacuna_kernels::elementwise::{self, Activation};
+use lacuna_core::{
+    observer::Observer,
+    site::{Point, Proj},
+};
+use lacuna_kernels::{
+    Pool,
+    elementwise::{self, Activation},
+};
 
 impl Forward<'_> {
     /// From the normalised `h` to `y`.
@@ -24,13 +32,13 @@ impl Forward<'_> {
         for &proj in proj_inputs {
             show(self.observer, Point::Input { layer, proj }, width, &self.ws.h);
         }
-        let act = activation(block.act);
+        let act = block.act;
         let (first, second, down) = match mlp {
             Mlp::Gated(g) => (&g.gate, Some(&g.up), &g.down),
             Mlp::Plain { up, down } => (up, None, down),
             Mlp::Experts { router, experts } => {
                 let router = self.shared.routers[layer].as_ref().unwrap_or(router);
-                return self.experts(block, router, experts, act, n);
+                return self.experts(block, &Mixture { layer, act, router, experts }, n);
             }
         };
         let layers = Layers { layer, act, first, second, down };
@@ -49,10 +57,10 @@ impl Forward<'_> {
         match w.second {
             Some(second) => {
                 let (gate, up) = (sized(gate, n * inner), sized(up, n * inner));
-                let parts = [(Proj::Gate, w.first, gate), (Proj::Up, second, up)];
+                let parts = [(Proj::Gate, w.first, &mut *gate), (Proj::Up, second, &mut *up)];
                 project(&place, linears, self.counters, (h, n), parts);
                 show(self.observer, Point::Up { layer: w.layer }, inner, up);
-                self.gate_times_up(w.layer, w.act, inner);
+                gate_times_up(&self.shared.pool, self.observer, (w.layer, w.act), gate, up, inner);
             }
             None => {
                 project(&place, linears, self.counters, (h, n), [(Proj::Up, w.first, sized(up, n * inner))]);
@@ -63,23 +71,6 @@ impl Forward<'_> {
         show(self.observer, Point::Input { layer: w.layer, proj: Proj::Down }, inner, &self.ws.up);
         self.remember_prompt(w.layer, inner);
         self.down(w.layer, w.down, n);
-    }
-
-    /// `up = act(gate) * up`.
-    fn gate_times_up(&mut self, layer: usize, act: Activation, inner: usize) {
-        let pool = &self.shared.pool;
-        let neurons = Point::Neurons { layer };
-        let watched = self.observer.wants(neurons);
-        let Workspace { gate, up, .. } = &mut *self.ws;
-        if watched {
-            rows::each(pool, gate, inner, |_, row| elementwise::act(act, row));
-            show(self.observer, neurons, inner, gate);
-            rows::each(pool, up, inner, |i, row| {
-                row.iter_mut().zip(&gate[i * inner..]).for_each(|(u, g)| *u *= g);
-            });
-        } else {
-            gate_rows(pool, act, gate, up, inner);
-        }
     }
 
     /// `y = down(up)`.
@@ -117,7 +108,15 @@ impl Forward<'_> {
             Neurons { rule, act: w.act, first: w.first, second: w.second, down_bias: w.down.bias.as_deref(), prompt };
         let observer = &mut *self.observer;
         let mut watch = |gate: &[f32]| show(observer, Point::Neurons { layer }, inner, gate);
-        let results = sized(y, n * width).chunks_exact_mut(width);
+        let y = sized(y, n * width);
+        if n > 1 && rule.reads_gate() {
+            let used = sparse_rows::neurons(&shared.pool, linears, &neurons, (h, gate), y, &mut watch);
+            let s = sparsity(&place, self.counters);
+            s.counts.neurons.add(used.kept, n * inner);
+            *s.bytes += used.bytes;
+            return;
+        }
+        let results = y.chunks_exact_mut(width);
         for ((gate, h), y) in gate.chunks_exact_mut(inner).zip(h.chunks_exact(width)).zip(results) {
             let used = neurons.run(&shared.pool, linears, h, (gate, up), y, &mut watch);
             let s = sparsity(&place, self.counters);
@@ -168,22 +167,18 @@ struct Layers<'a> {
     down: &'a Linear,
 }
 
-/// `up = act(gate) * up`, row by row.
-pub(super) fn gate_rows(pool: &lacuna_kernels::Pool, act: Activation, gate: &mut [f32], up: &mut [f32], inner: usize) {
+/// `up = act(gate) * up`, row by row; the observer may see the activated gates.
+pub(super) fn gate_times_up(
+    pool: &Pool,
+    observer: &mut dyn Observer,
+    (layer, act): (usize, Activation),
+    gate: &mut [f32],
+    up: &mut [f32],
+    inner: usize,
+) {
     rows::pairs(pool, gate, up, inner, |gate, up| {
         elementwise::act(act, gate);
         up.iter_mut().zip(gate.iter()).for_each(|(u, g)| *u *= g);
     });
-}
-
-/// The kernel's name of a non-linearity.
-fn activation(act: Act) -> Activation {
-    match act {
-        Act::Silu => Activation::Silu,
-        Act::Gelu => Activation::Gelu,
-        Act::GeluTanh => Activation::GeluTanh,
-        Act::QuickGelu => Activation::QuickGelu,
-        Act::Relu => Activation::Relu,
-        Act::Relu2 => Activation::Relu2,
-    }
+    show(observer, Point::Neurons { layer }, inner, gate);
 }

@@ -210,6 +210,9 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
                 return Err(error(format!("layer {layer}: the weight of {proj} is not an input-major copy of it")));
             }
         }
+        if !rules.experts.is_empty() && !experts_fit(&rules.experts, &block.mlp, orientation) {
+            return Err(error(format!("layer {layer}: rules on experts need a rule for each, on its down projection")));
+        }
         let Some(rule) = &rules.neurons else { continue };
         let by_rows = |l: &Linear| l.weight.orientation() == Orientation::OutputMajor;
         let predicted = !rule.reads_gate();
@@ -228,6 +231,15 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn experts_fit(rules: &[NeuronRule], mlp: &Mlp, orientation: Option<Orientation>) -> bool {
+    let Mlp::Experts { experts, .. } = mlp else { return false };
+    let by_rows = |l: &Linear| orientation.is_none() || l.weight.orientation() == Orientation::OutputMajor;
+    let fits = |(rule, w): (&NeuronRule, &Gated)| {
+        stands_in(&rule.down, &w.down.weight, orientation) && by_rows(&w.gate) && by_rows(&w.up)
+    };
+    rules.len() == experts.len() && rules.iter().zip(experts).all(fits)
 }
 
 fn stands_in(

@@ -64,7 +64,7 @@ impl Selection {
     }
 
     /// Drops entries that `then` does not keep by `product` (one number per entry of `index`).
-    fn narrow(&mut self, then: &Selector, product: &mut Vec<f32>, scratch: &mut Selection) {
+    pub(super) fn narrow(&mut self, then: &Selector, product: &mut Vec<f32>, scratch: &mut Selection) {
         let gathered: Option<Vec<f32>> =
             then.scale.as_ref().map(|s| self.index.iter().map(|&i| s.values()[i as usize]).collect());
         scratch.cut(&then.cut, gathered.as_deref(), product, false, &[]);
@@ -182,7 +182,7 @@ impl Neurons<'_> {
     }
 
     /// Fills `chosen` with the kept neurons and their activated gates. Returns the bytes read for it.
-    fn choose(
+    pub(super) fn choose(
         &self,
         pool: &Pool,
         linears: &mut Linears,

@@ -2,11 +2,11 @@
 
 use super::{
     compiled::{InputRule, LayerPlan},
-    linear::{Part, Sparsity},
-    sparse::Selection,
+    linear::{Linears, Part, Sparsity},
+    sparse::{Neurons, Selection, Used},
 };
 use lacuna_core::plan::Selector;
-use lacuna_kernels::{Pool, axpy, elementwise};
+use lacuna_kernels::{Pool, axpy, elementwise, gemv};
 
 /// Whether [`inputs`] can serve the rule.
 pub(super) fn serves(rule: &InputRule) -> bool {
@@ -55,6 +55,54 @@ pub(super) fn inputs(
             part.out.chunks_exact_mut(bias.len()).for_each(|row| elementwise::add(row, bias));
         }
     }
+}
+
+/// [`Neurons::run`] for the rows of `x` and of `gate`, whose rule reads the gate. Each row of `y` gets the bits that it
+/// has alone; bytes are counted for the unions.
+pub(super) fn neurons(
+    pool: &Pool,
+    linears: &mut Linears,
+    w: &Neurons<'_>,
+    (x, gate): (&[f32], &mut [f32]),
+    y: &mut [f32],
+    watch: &mut dyn FnMut(&[f32]),
+) -> Used {
+    let (inner, outputs) = (w.first.weight.outputs(), w.rule.down.outputs());
+    let n = gate.len() / inner;
+    let width = x.len() / n;
+    let mut rows: Vec<Selection> = Vec::with_capacity(n);
+    let mut bytes = 0;
+    for (x, gate) in x.chunks_exact(width).zip(gate.chunks_exact_mut(inner)) {
+        let mut chosen = Selection::default();
+        bytes += w.choose(pool, linears, x, gate, &mut chosen, watch);
+        rows.push(chosen);
+    }
+    let kept = rows.iter().map(|s| s.index.len()).sum();
+    let mut products: Vec<Vec<f32>> = rows.iter().map(|s| s.value.clone()).collect();
+    if let Some(up) = w.second {
+        let operands = linears.operands(x, n, std::iter::once(&up.weight));
+        let mut ups: Vec<Vec<f32>> = rows.iter().map(|s| vec![0.0; s.index.len()]).collect();
+        let parts = rows.iter().zip(operands).zip(&mut ups).map(|((s, x), y)| (&s.index[..], x, &mut y[..]));
+        gemv::multi::run_rows(pool, &mut gemv::multi::RowsJob { w: up.weight.matrix(), parts: parts.collect() });
+        for ((s, up_row), product) in rows.iter().zip(&mut ups).zip(&mut products) {
+            if let Some(bias) = &up.bias {
+                up_row.iter_mut().zip(&s.index).for_each(|(u, &i)| *u += bias[i as usize]);
+            }
+            product.iter_mut().zip(up_row).for_each(|(p, u)| *p *= *u);
+        }
+        bytes += (union(&rows, inner) * up.weight.matrix().row_bytes()) as u64;
+    }
+    if let Some(then) = &w.rule.then {
+        let mut scratch = Selection::default();
+        rows.iter_mut().zip(&mut products).for_each(|(s, p)| s.narrow(then, p, &mut scratch));
+    }
+    let lists: Vec<(&[u32], &[f32])> = rows.iter().zip(&products).map(|(s, p)| (&s.index[..], &p[..])).collect();
+    axpy::multi::run(pool, &mut [axpy::multi::Job { wt: w.rule.down.matrix(), x: &lists, y: &mut *y }]);
+    if let Some(bias) = w.down_bias {
+        y.chunks_exact_mut(outputs).for_each(|y| elementwise::add(y, bias));
+    }
+    bytes += (union(&rows, inner) * w.rule.channel_bytes) as u64;
+    Used { kept, bytes }
 }
 
 fn selected(selector: &Selector, x: &[f32]) -> Selection {

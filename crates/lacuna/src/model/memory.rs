@@ -110,9 +110,9 @@ fn replaced<'m>(model: &'m Model, plan: &Plan) -> impl Iterator<Item = &'m Weigh
             Rule::Inputs { proj, .. } => *proj,
             Rule::Neurons { .. } | Rule::Predicted { .. } => Proj::Down,
         };
-        Some(&model.blocks.get(entry.layer)?.linear(proj)?.weight)
+        model.blocks.get(entry.layer).map(|b| b.parts(proj)).into_iter().flatten().map(|l| &l.weight)
     };
-    plan.entries.iter().filter_map(of).filter(|w| w.orientation() == Orientation::OutputMajor)
+    plan.entries.iter().flat_map(of).filter(|w| w.orientation() == Orientation::OutputMajor)
 }
 
 fn input_major_bytes(weight: &Weight) -> u64 {

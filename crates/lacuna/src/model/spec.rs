@@ -1,5 +1,7 @@
 //! What one architecture computes, as data: the forward pass reads this and nothing else of a configuration.
 
+pub use lacuna_kernels::elementwise::{Activation as Act, RopePairs};
+
 /// Normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum NormKind {
@@ -21,15 +23,6 @@ pub enum Position {
     },
 }
 
-/// Which components rotate together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopePairs {
-    /// `(i, i + n/2)`: Hugging Face checkpoints.
-    Half,
-    /// `(2i, 2i + 1)`: GGUF files of the llama architecture.
-    Adjacent,
-}
-
 /// One rotary table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
@@ -41,23 +34,6 @@ pub struct Rope {
     pub freqs: Vec<f32>,
     /// Factor on cos and sin (longrope), usually 1.
     pub factor: f32,
-}
-
-/// Non-linearity of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Act {
-    /// `x * sigmoid(x)`.
-    Silu,
-    /// Exact GELU (erf).
-    Gelu,
-    /// The tanh approximation of GELU (`gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
-    /// `x * sigmoid(1.702 x)`.
-    QuickGelu,
-    /// `max(x, 0)`.
-    Relu,
-    /// `max(x, 0)^2`.
-    Relu2,
 }
 
 /// Shape of an MLP.

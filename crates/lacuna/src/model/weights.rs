@@ -114,8 +114,18 @@ impl Block {
         }
     }
 
-    /// [`Block::linear`], to be changed.
-    pub fn linear_mut(&mut self, proj: Proj) -> Option<&mut Linear> {
+    /// The linear layers of a projection: one of every expert in a mixture, else what [`Block::linear`] has.
+    pub fn parts(&self, proj: Proj) -> Vec<&Linear> {
+        match (proj, &self.mlp) {
+            (Proj::Gate, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.gate).collect(),
+            (Proj::Up, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.up).collect(),
+            (Proj::Down, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.down).collect(),
+            _ => self.linear(proj).into_iter().collect(),
+        }
+    }
+
+    /// Part `part` of [`Block::parts`], to be changed.
+    pub fn part_mut(&mut self, proj: Proj, part: usize) -> Option<&mut Linear> {
         match (proj, &mut self.mlp) {
             (Proj::Q, _) => Some(&mut self.q),
             (Proj::K, _) => Some(&mut self.k),
@@ -124,7 +134,10 @@ impl Block {
             (Proj::Gate, Mlp::Gated(g)) => Some(&mut g.gate),
             (Proj::Up, Mlp::Gated(Gated { up, .. }) | Mlp::Plain { up, .. }) => Some(up),
             (Proj::Down, Mlp::Gated(Gated { down, .. }) | Mlp::Plain { down, .. }) => Some(down),
-            (Proj::Gate, Mlp::Plain { .. }) | (_, Mlp::Experts { .. }) => None,
+            (Proj::Gate, Mlp::Plain { .. }) => None,
+            (Proj::Gate, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.gate),
+            (Proj::Up, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.up),
+            (Proj::Down, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.down),
         }
     }
 }

@@ -5,12 +5,11 @@
 //! read for kept neurons only, `(1 + 2p)/3` of the MLP's bytes for a kept share `p`; attention is untouched.
 //! The paper: Mistral-7B and Llama2-7B within 1-2 % of dense at 50 %. With ReLU and `t = 0` it is exact.
 
-use crate::common::{SPARSITY, mlp_layers, neuron_magnitudes, not_applicable, threshold};
+use crate::common::{SPARSITY, neuron_magnitudes, neurons, threshold};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},
     site::{Point, Proj, Site},
-    weight::Orientation,
 };
 
 /// CATS.
@@ -45,25 +44,15 @@ impl Method for Cats {
         &[SPARSITY]
     }
 
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
     fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
         Needs { observations: neuron_magnitudes(&ctx), tokens: 20_000 }
     }
 
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        ctx.statistics.check()?;
-        let mut entries = Vec::new();
-        for (layer, _) in mlp_layers(&ctx) {
+        neurons(self, &ctx, |layer, _| {
             let dropped = ctx.dropped(layer, Proj::Up, params.get("sparsity"));
             let (selector, kept) = threshold(self, &ctx, Point::Neurons { layer }, None, dropped)?;
-            entries.push(Entry { layer, rule: Rule::neurons(selector), kept: Some(kept) });
-        }
-        if entries.is_empty() {
-            return not_applicable(self, "it has no MLP outside experts");
-        }
-        Ok(entries)
+            Ok((Rule::neurons(selector), Some(kept)))
+        })
     }
 }

@@ -16,7 +16,6 @@ use lacuna_core::{
     site::{Point, Proj, Site},
     statistics::Observation,
     tensor::Tensor,
-    weight::Orientation,
 };
 
 /// CHESS.
@@ -69,10 +68,6 @@ impl Method for Chess {
             switch("norms", "1: also weigh neurons with the norms of down's columns, 0: as published", true),
         ];
         PARAMS
-    }
-
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
     }
 
     fn needs(&self, params: &Params, ctx: PlanContext<'_>) -> Needs {

@@ -8,10 +8,9 @@
 
 use crate::common::{SPARSITY, mlp_layers, not_applicable, switch};
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    method::{Citation, Method, MethodError, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector},
     site::{Proj, Site},
-    weight::Orientation,
 };
 
 /// Neurons by prompt.
@@ -46,14 +45,6 @@ impl Method for CoreNeurons {
         const PARAMS: &[ParamSpec] =
             &[SPARSITY, switch("norms", "1: weigh neurons with the norms of down's columns", true)];
         PARAMS
-    }
-
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
     }
 
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {

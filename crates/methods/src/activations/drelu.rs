@@ -5,12 +5,11 @@
 //! not zero: `(1 + p1 + p)/3` of the MLP's bytes for shares `p1` of open gates and `p` of products. On a model with ReLU
 //! on the gate alone the second selection finds nothing more, and it equals `relu`.
 
-use crate::common::{mlp_layers, neuron_magnitudes, not_applicable};
+use crate::common::{closed_neurons, neuron_magnitudes};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector, Stage},
     site::{Point, Site},
-    weight::Orientation,
 };
 
 /// Exact skipping on both branches.
@@ -45,31 +44,15 @@ impl Method for DRelu {
         &[]
     }
 
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
     fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
         Needs { observations: neuron_magnitudes(&ctx), tokens: 0 }
     }
 
     fn plan(&self, _: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        ctx.statistics.check()?;
-        let mut entries = Vec::new();
-        for (layer, _) in mlp_layers(&ctx) {
-            if let Some(mlp) = ctx.layers[layer].mlp.as_ref().filter(|m| !m.exact_zeros) {
-                let reason =
-                    format!("its activation is `{}`; `drelu` needs relu or relu2 (use `cats` here)", mlp.activation);
-                return not_applicable(self, reason);
-            }
+        closed_neurons(self, &ctx, "cats", |layer| {
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.nonzero_share() as f32);
             let (on, selector) = (Stage::Activated, Selector::non_zero());
-            let rule = Rule::Neurons { on, selector, then: Some(Selector::non_zero()) };
-            entries.push(Entry { layer, rule, kept });
-        }
-        if entries.is_empty() {
-            return not_applicable(self, "it has no MLP outside experts");
-        }
-        Ok(entries)
+            (Rule::Neurons { on, selector, then: Some(Selector::non_zero()) }, kept)
+        })
     }
 }

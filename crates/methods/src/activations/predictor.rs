@@ -18,7 +18,6 @@ use lacuna_core::{
     site::{Point, Proj, Site},
     statistics::{Gather, Observation, Rows},
     tensor::Tensor,
-    weight::Orientation,
 };
 use std::ops::Bound;
 
@@ -91,10 +90,6 @@ impl Method for Predictor {
             },
         ];
         PARAMS
-    }
-
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
     }
 
     fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {

@@ -7,7 +7,7 @@
 
 use crate::common::{SPARSITY, projections, readers, top};
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    method::{Citation, Method, MethodError, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},
     site::Site,
     weight::Orientation,
@@ -47,10 +47,6 @@ impl Method for QSparse {
 
     fn layouts(&self) -> &'static [Orientation] {
         &[Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
     }
 
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {

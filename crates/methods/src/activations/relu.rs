@@ -5,12 +5,11 @@
 //! not zero: with a kept share p the MLP reads (1 + 2p)/3 of its bytes. Fails (and says so) on activations that never
 //! return exact zeros.
 
-use crate::common::{mlp_layers, neuron_magnitudes, not_applicable};
+use crate::common::{closed_neurons, neuron_magnitudes};
 use lacuna_core::{
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector},
     site::{Point, Site},
-    weight::Orientation,
 };
 
 /// Exact neuron skipping.
@@ -45,32 +44,15 @@ impl Method for Relu {
         &[]
     }
 
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
     fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
         Needs { observations: neuron_magnitudes(&ctx), tokens: 0 }
     }
 
     fn plan(&self, _: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        ctx.statistics.check()?;
-        let mut entries = Vec::new();
-        for (layer, _) in mlp_layers(&ctx) {
-            if let Some(mlp) = ctx.layers[layer].mlp.as_ref().filter(|m| !m.exact_zeros) {
-                let reason = format!(
-                    "its activation is `{}`, which never returns exact zeros; `relu` needs relu or relu2 (use `teal` here)",
-                    mlp.activation
-                );
-                return not_applicable(self, reason);
-            }
+        closed_neurons(self, &ctx, "teal", |layer| {
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.nonzero_share() as f32);
-            entries.push(Entry { layer, rule: Rule::neurons(Selector::non_zero()), kept });
-        }
-        if entries.is_empty() {
-            return not_applicable(self, "it has no MLP outside experts");
-        }
-        Ok(entries)
+            (Rule::neurons(Selector::non_zero()), kept)
+        })
     }
 }
 

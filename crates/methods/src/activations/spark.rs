@@ -6,12 +6,11 @@
 //! stays). The kept share is `k/d` only where `z` is about normal: heavy tails keep more or less, which the counters of
 //! `bench` show. Small negative gates are dropped first, so on SiLU it keeps the open half before anything else.
 
-use crate::common::{SPARSITY, mlp_layers, not_applicable, top};
+use crate::common::{SPARSITY, neurons, top};
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    method::{Citation, Method, MethodError, ParamSpec, Params, PlanContext},
     plan::{Cut, Entry, Rule, Selector, Stage},
     site::{Proj, Site},
-    weight::Orientation,
 };
 
 /// Statistical top-k.
@@ -87,32 +86,18 @@ impl Method for Spark {
         &[SPARSITY]
     }
 
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
-    }
-
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        ctx.statistics.check()?;
-        let mut entries = Vec::new();
-        for (layer, inner) in mlp_layers(&ctx) {
+        neurons(self, &ctx, |layer, shape| {
             let dropped = ctx.dropped(layer, Proj::Up, params.get("sparsity"));
             let rule = if dropped <= 0.0 {
-                Rule::neurons(top(inner, None, 0.0).0)
+                Rule::neurons(top(shape.inner, None, 0.0).0)
             } else {
                 let multiple = normal_quantile(dropped) as f32;
                 let selector = Selector { scale: None, cut: Cut::Gaussian { multiple } };
                 Rule::Neurons { on: Stage::Gate, selector, then: None }
             };
-            entries.push(Entry { layer, rule, kept: Some((1.0 - dropped) as f32) });
-        }
-        if entries.is_empty() {
-            return not_applicable(self, "it has no MLP outside experts");
-        }
-        Ok(entries)
+            Ok((rule, Some((1.0 - dropped) as f32)))
+        })
     }
 }
 

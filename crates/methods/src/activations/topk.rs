@@ -5,12 +5,11 @@
 //! with a fixed count instead of a threshold (Sirius' authors found that thresholds drift between tasks). Exact
 //! selection per token, ties to the lower neuron. Needs no calibration text.
 
-use crate::common::{SPARSITY, mlp_layers, not_applicable, top};
+use crate::common::{SPARSITY, neurons, top};
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
+    method::{Citation, Method, MethodError, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},
     site::{Proj, Site},
-    weight::Orientation,
 };
 
 /// Top-k neurons.
@@ -45,24 +44,10 @@ impl Method for TopK {
         &[SPARSITY]
     }
 
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
-    }
-
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        ctx.statistics.check()?;
-        let mut entries = Vec::new();
-        for (layer, inner) in mlp_layers(&ctx) {
-            let (selector, kept) = top(inner, None, ctx.dropped(layer, Proj::Up, params.get("sparsity")));
-            entries.push(Entry { layer, rule: Rule::neurons(selector), kept: Some(kept) });
-        }
-        if entries.is_empty() {
-            return not_applicable(self, "it has no MLP outside experts");
-        }
-        Ok(entries)
+        neurons(self, &ctx, |layer, shape| {
+            let (selector, kept) = top(shape.inner, None, ctx.dropped(layer, Proj::Up, params.get("sparsity")));
+            Ok((Rule::neurons(selector), Some(kept)))
+        })
     }
 }

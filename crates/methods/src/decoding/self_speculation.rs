@@ -6,10 +6,9 @@
 
 use super::BLOCK;
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
-    plan::{Accept, Decoding, DraftSource, Entry},
+    method::{Citation, Method, ParamSpec, Params},
+    plan::{Accept, Decoding, DraftSource},
     site::Site,
-    weight::Orientation,
 };
 
 /// Self-speculation by a sparse plan.
@@ -42,18 +41,6 @@ impl Method for SelfSpeculation {
 
     fn params(&self) -> &'static [ParamSpec] {
         &[BLOCK]
-    }
-
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
-    }
-
-    fn plan(&self, _: &Params, _: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        Ok(Vec::new())
     }
 
     fn decoding(&self, params: &Params) -> Option<Decoding> {

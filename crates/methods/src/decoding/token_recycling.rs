@@ -6,10 +6,9 @@
 //! frequency of each rank and stops where a further node costs more time than it brings. The text stays the same.
 
 use lacuna_core::{
-    method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
-    plan::{Accept, Decoding, DraftSource, Entry, MAX_CHECKED},
+    method::{Citation, Method, ParamSpec, Params},
+    plan::{Accept, Decoding, DraftSource, MAX_CHECKED},
     site::Site,
-    weight::Orientation,
 };
 use std::ops::Bound;
 
@@ -48,18 +47,6 @@ impl Method for TokenRecycling {
             default: 16.0,
             range: (Bound::Included(1.0), Bound::Included(MAX_CHECKED as f64)),
         }]
-    }
-
-    fn layouts(&self) -> &'static [Orientation] {
-        &[Orientation::OutputMajor, Orientation::InputMajor]
-    }
-
-    fn needs(&self, _: &Params, _: PlanContext<'_>) -> Needs {
-        Needs::default()
-    }
-
-    fn plan(&self, _: &Params, _: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
-        Ok(Vec::new())
     }
 
     fn decoding(&self, params: &Params) -> Option<Decoding> {
