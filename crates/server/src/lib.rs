@@ -4,3 +4,4 @@
 pub mod constraint;
 pub mod gbnf;
 pub mod http;
+pub mod page;
