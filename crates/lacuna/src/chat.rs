@@ -94,14 +94,23 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses the conversation (`raise_exception`), fails, runs out of its budget or writes too much.
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String> {
+        self.render_with(&messages, &(), answer)
+    }
+
+    /// [`ChatTemplate::render`] of messages that hold more than texts (calls of functions, their results), with the
+    /// functions that may be called.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn render_with(&self, messages: &impl Serialize, tools: &impl Serialize, answer: bool) -> Result<String> {
         let error = |problem: String| Error::Template { file: self.source.clone(), problem };
         let template = self.env.get_template("chat").map_err(|e| error(describe(&e)))?;
         let values = context! {
-            messages => messages,
+            messages => Value::from_serialize(messages),
             add_generation_prompt => answer,
             bos_token => self.bos,
             eos_token => self.eos,
-            tools => Value::from(()),
+            tools => Value::from_serialize(tools),
         };
         let mut out = Capped(Vec::new());
         match template.render_captured_to(values, &mut out) {
@@ -119,9 +128,16 @@ impl ChatTemplate {
     /// # Errors
     /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
     pub fn encode(&self, tokenizer: &Tokenizer, messages: &[Message], answer: bool) -> Result<Vec<u32>> {
-        let text = self.render(messages, answer)?;
+        self.ids(tokenizer, &self.render(messages, answer)?)
+    }
+
+    /// Ids of a prompt that [`ChatTemplate::render_with`] has made.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn ids(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
         let has_bos = !self.bos.is_empty() && text.starts_with(&self.bos);
-        tokenizer.encode(&text, !has_bos)
+        tokenizer.encode(text, !has_bos)
     }
 }
 

@@ -177,7 +177,7 @@ impl Sampler {
         self.recent.push_back(id);
     }
 
-    /// Chooses from `logits`, one per token of the vocabulary, all finite.
+    /// Chooses from `logits`, one per token of the vocabulary; minus infinity excludes a token, one must be finite.
     ///
     /// # Panics
     /// If `logits` is empty.
@@ -220,8 +220,9 @@ impl Sampler {
                 return c.id;
             }
         }
-        // Rounding can leave a rest; it belongs to the last candidate.
-        self.candidates[self.candidates.len() - 1].id
+        // Rounding can leave a rest; it belongs to the last candidate that can be drawn.
+        let last = self.weights.iter().rposition(|w| *w > 0.0).unwrap_or(0);
+        self.candidates[last].id
     }
 
     /// Fills `candidates` with the `top_k` best, best first.

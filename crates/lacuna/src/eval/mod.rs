@@ -10,5 +10,5 @@ pub mod windows;
 
 pub use divergence::{Divergence, divergence};
 pub use perplexity::{Perplexity, perplexity};
-pub use source::{EngineSource, LogitSource, Scoring};
+pub use source::{EngineSource, LogSoftmax, LogitSource, Scoring};
 pub use windows::{Protocol, Window};

@@ -181,12 +181,14 @@ fn check(source: &dyn LogitSource, window: &Window) -> Result<()> {
 }
 
 /// Log-softmax of one row, as llama.cpp computes it: the sum in double precision.
-pub(crate) struct LogSoftmax {
+pub struct LogSoftmax {
     max: f32,
     log_sum: f64,
 }
 
 impl LogSoftmax {
+    /// The sum over `logits`.
+    ///
     /// # Errors
     /// A logit that is not finite.
     pub fn new(logits: &[f32]) -> Result<Self> {
