@@ -1,15 +1,24 @@
 //! HTTP without a framework: an [`App`] has a table of routes and answers requests; this module owns the sockets.
+//!
+//! Every request passes the same checks in the same order before its route is looked at: the head's size, the name under
+//! which the server is called, the page that it comes from, the key. See [`Options`] for the limits, [`Shutdown`] for
+//! the end.
 
 mod body;
 mod connection;
+mod options;
+mod shutdown;
+mod timed;
 
-pub use body::Body;
-pub use connection::serve;
+pub use body::EVENTS;
+pub use connection::{error, serve};
 pub use hyper::{
     Method, StatusCode,
     body::Bytes,
     header::{self, HeaderMap, HeaderName, HeaderValue},
 };
+pub use options::{Keys, Options};
+pub use shutdown::{Phase, Shutdown};
 
 use std::{future::Future, pin::Pin};
 use tokio::sync::mpsc;
@@ -101,3 +110,6 @@ pub trait App: Send + Sync + 'static {
     /// Answers a request to the route of that index. Dropping the future, or the receiver of a stream, ends the work.
     fn call(&self, route: usize, request: Request) -> BoxFuture<'static, Reply>;
 }
+
+#[cfg(test)]
+mod tests;
