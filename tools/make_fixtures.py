@@ -85,6 +85,7 @@ MODELS = {
     "gpt2": (tf.GPT2Config(**GPT2), False),
     "gpt-neox": (tf.GPTNeoXConfig(**NEOX, rotary_pct=0.25, use_parallel_residual=True), True),
     "gpt-neox-serial": (tf.GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, hidden_act="gelu_new"), False),
+    "bamboo": (tf.MistralConfig(**(BASE | dict(hidden_act="relu", sliding_window=None))), True),
     "mixtral": (tf.MixtralConfig(**(BASE | dict(hidden_size=40, intermediate_size=38, num_local_experts=5,
                                                 num_experts_per_tok=2, sliding_window=None))), True),
     "qwen3-moe": (tf.Qwen3MoeConfig(**(BASE | dict(hidden_size=40, moe_intermediate_size=38, num_experts=5,
@@ -96,7 +97,7 @@ MODELS = {
 
 
 # Fixtures that also get a model.gguf. (OPT has no GGUF architecture.)
-GGUF_ARCH = {"llama2-linear": "llama", "llama3": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+GGUF_ARCH = {"bamboo": "bamboo", "llama2-linear": "llama", "llama3": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
              "qwen3-moe": "qwen3moe", "gemma2": "gemma2", "gemma3": "gemma3", "phi3": "phi3", "phi3-longrope": "phi3",
              "gpt2": "gpt2", "gpt-neox": "gptneox"}
 
@@ -124,13 +125,14 @@ def to_gguf(name, config, weights, path):
     """Writes `weights` (Hugging Face names) the way llama.cpp's converter does, matrices in f16, vectors in f32."""
     arch = GGUF_ARCH[name]
     w = gguf.GGUFWriter(path, arch)
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
+    known = "llama" if arch == "bamboo" else arch
+    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[known], config.num_hidden_layers)
     gguf_metadata(w, arch, config)
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     experts = {}
     for key, t in weights.items():
         t = t.numpy()
-        if arch == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
+        if known == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
             t = adjacent_pairs(t, heads if "q_proj" in key else kv)
         if arch == "gptneox" and "query_key_value" in key:
             t = t.reshape(heads, 3, -1, *t.shape[1:]).swapaxes(0, 1).reshape(t.shape)
@@ -145,13 +147,37 @@ def to_gguf(name, config, weights, path):
         else:
             target = names.get_name(key, try_suffixes=(".weight", ".bias"))
             assert target, key
+            if arch == "bamboo" and "ffn_down" in target:
+                target, t = target.replace("ffn_down", "ffn_down_t"), t.T
             gguf_tensor(w, target, t)
     for key, parts in experts.items():
         gguf_tensor(w, key, np.stack([parts[i] for i in range(len(parts))]))
+    if arch == "bamboo":
+        predictors(w, config, weights)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+    if arch == "bamboo":
+        with open(path, "r+b") as f:
+            f.write(b"PWRI")
+
+
+def predictors(w, config, weights):
+    """PowerInfer's predictors, exact ones: `fc2 relu(fc1 x)` is the gate before its activation, up to the norm's divisor."""
+    eye = np.eye(config.hidden_size)
+    for i in range(config.num_hidden_layers):
+        gain = weights[f"model.layers.{i}.post_attention_layernorm.weight"].numpy()
+        gate = weights[f"model.layers.{i}.mlp.gate_proj.weight"].numpy() * gain
+        gguf_tensor(w, f"blk.{i}.fc1.weight", np.concatenate([eye, -eye]))
+        gguf_tensor(w, f"blk.{i}.fc2.weight", np.concatenate([gate, -gate], 1))
+
+
+def relu_on_both_branches(model):
+    """The MLP of Bamboo in a Mistral."""
+    for layer in model.model.layers:
+        m = layer.mlp
+        m.forward = lambda x, m=m: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x)))
 
 
 def adjacent_pairs(t, heads):
@@ -243,6 +269,8 @@ def make(name):
     config._attn_implementation = config._experts_implementation = "eager"
     model = tf.AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model, name)
+    if name == "bamboo":
+        relu_on_both_branches(model)
     vocab = config.vocab_size
     ids = torch.randint(3, vocab, (1, TOKENS), generator=torch.Generator().manual_seed(7))
     ids[0, 0] = 1
@@ -263,6 +291,8 @@ def make(name):
         to_gguf(name, config, weights, folder / "model.gguf")
     cfg = json.loads((folder / "config.json").read_text())
     cfg["dtype"] = str(dtype).removeprefix("torch.")
+    if name == "bamboo":
+        cfg |= {"architectures": ["BambooForCausalLM"], "model_type": "bamboo"}
     if legacy:
         legacy_rope(cfg)
         cfg["torch_dtype"] = cfg.pop("dtype")

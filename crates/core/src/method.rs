@@ -2,7 +2,7 @@
 //! it asks for. Methods themselves live in `lacuna-methods`, one file each.
 
 use crate::{
-    plan::{Decoding, Entry},
+    plan::{Decoding, Entry, Predictor},
     site::{Point, Proj, Site},
     statistics::{Observation, Statistics},
     suggest::hint,
@@ -203,6 +203,13 @@ pub struct Needs {
 pub trait Weights {
     /// `W` of a projection, dequantised, `[outputs, inputs]`; `None` where the layer has no such projection.
     fn matrix(&self, layer: usize, proj: Proj) -> Option<Vec<f32>>;
+
+    /// The predictor of active neurons that the model's file brings for a layer, for the normalised input of the MLP, and
+    /// the score from which it calls a neuron active; by default there is none.
+    fn predictor(&self, layer: usize) -> Option<(Predictor, f32)> {
+        let _ = layer;
+        None
+    }
 
     /// `sqrt(sum over projs of ||W[:, j]||^2)` for every input channel `j` of projections that read the same vector:
     /// the norm of everything that a channel is multiplied with. `None` where the layer has none of them.

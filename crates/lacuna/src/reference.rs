@@ -179,23 +179,34 @@ impl Pass<'_> {
             Mlp::Experts { router, experts } => {
                 self.show_input(&[Proj::Gate, Proj::Up], width, x);
                 let mut out = vec![0.0; x.len()];
-                for (token, y) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-                    for (expert, share) in self.route(linear(router, token)) {
-                        let (gate, up) = self.neurons(&experts[expert], token);
+                let routes: Vec<_> = x.chunks_exact(width).map(|token| self.route(linear(router, token))).collect();
+                let mut gates = Vec::new();
+                for (expert, w) in experts.iter().enumerate() {
+                    let share = |r: &Vec<(usize, f32)>| r.iter().find(|r| r.0 == expert).map(|r| r.1);
+                    for ((token, y), r) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(&routes) {
+                        let Some(share) = share(r) else { continue };
+                        let (gate, up) = self.neurons(w, token);
                         let h: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g * u).collect();
-                        axpy(share, &linear(&experts[expert].down, &h), y);
+                        axpy(share, &linear(&w.down, &h), y);
+                        gates.extend(gate);
                     }
                 }
+                let inner = experts.first().map_or(0, |w| w.gate.weight.outputs());
+                show(self.observer, Point::Neurons { layer: self.layer }, inner, &gates);
                 out
             }
         }
     }
 
-    /// `(act(gate x), up x)`.
+    /// `(act(gate x), up x)`, up with its own non-linearity where it has one.
     fn neurons(&self, w: &Gated, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut gate = linear(&w.gate, x);
         gate.iter_mut().for_each(|v| *v = activate(self.block.act, *v));
-        (gate, linear(&w.up, x))
+        let mut up = linear(&w.up, x);
+        if let Some(act) = self.block.up_act {
+            up.iter_mut().for_each(|v| *v = activate(act, *v));
+        }
+        (gate, up)
     }
 
     /// The experts of one token with their shares: the largest of `softmax(scores)`, ties to the lower number.

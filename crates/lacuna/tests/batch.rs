@@ -31,7 +31,8 @@ fn kinds() -> Vec<Kind> {
         Kind { format: Format::Q8_0, act: Act::Relu, ..gated },
         Kind { format: Format::Q4_0, ..gated },
         Kind { mlp: MlpKind::Plain, act: Act::Gelu, classic: true, ..gated },
-        Kind { mlp: MlpKind::Experts, ..gated },
+        Kind { act: Act::Relu, drelu: true, ..gated },
+        Kind { mlp: MlpKind::Experts, drelu: true, ..gated },
         Kind { mlp: MlpKind::Experts, format: Format::Q8_0, ..gated },
     ]
 }

@@ -175,6 +175,50 @@ fn experts_skip_closed_neurons_exactly_and_read_less() {
     }
 }
 
+/// The file's predictors are exact: what they call active are the open gates, so that nothing that counts is skipped.
+#[test]
+fn predictors_of_a_powerinfer_file_name_the_open_gates() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bamboo");
+    let (with, without) = (model(&dir.join("model.gguf")), model(&dir));
+    let tokens = tokens_for(&with, 40);
+    let plan = calibrated("powerinfer", &with, std::slice::from_ref(&tokens));
+    let open = calibrated("relu", &with, std::slice::from_ref(&tokens));
+    for (p, o) in plan.entries.iter().zip(&open.entries) {
+        let (p, o) = (p.kept.unwrap(), o.kept.unwrap());
+        assert!((p - o).abs() < 0.06, "{p} predicted, {o} open");
+    }
+    let sparse = compiled(&plan, &with, true);
+    let (predicted, dense) = (engine(&sparse.model, Some(&sparse)), engine(&with, None));
+    let (got, want) = (logits(&predicted, &tokens, 4), logits(&dense, &tokens, 4));
+    let range = want.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+    let far = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    // Predictors of plans are bf16: a gate within rounding of zero may be missed.
+    assert!(far < 0.02 * range, "{far} of {range}");
+    let subject = calibrate::Subject::new(&without);
+    let steps = registry::parse("powerinfer").unwrap();
+    let nothing = lacuna_core::statistics::Statistics::default();
+    let e = calibrate::plan(&steps, &subject, &nothing).unwrap_err().to_string();
+    assert!(e.contains("layer 0 brings no predictor"), "{e}");
+}
+
+#[test]
+fn a_relu_on_both_branches_is_skipped_on_both() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bamboo");
+    let model = model(&dir);
+    let tokens = tokens_for(&model, 20);
+    let bytes = |steps: &str| {
+        let sparse = compiled(&calibrated(steps, &model, std::slice::from_ref(&tokens)), &model, true);
+        let skipping = engine(&sparse.model, Some(&sparse));
+        let want = logits(&engine(&sparse.model, None), &tokens, 4);
+        assert!(same_bits(&logits(&skipping, &tokens, 4), &want), "{steps}");
+        let mut session = skipping.session(0).unwrap();
+        tokens.iter().for_each(|t| drop(session.decode(*t).unwrap().to_vec()));
+        session.counters().weight_bytes
+    };
+    let (gate, both) = (bytes("relu"), bytes("drelu"));
+    assert!(both < gate, "down is read where both are open: {both} of {gate}");
+}
+
 #[test]
 fn rules_that_experts_cannot_follow_are_refused_or_leave_them_dense() {
     let (_dir, model) = relu_mixtures().swap_remove(0);

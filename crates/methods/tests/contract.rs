@@ -7,7 +7,7 @@
 use lacuna_core::{
     method::{Budgets, LayerShape, Method, MethodError, MlpShape, Params, PlanContext, Weights, column_norms},
     observer::Observer,
-    plan::{Accept, Cut, DraftSource, Entry, Rule, Selector, Stage},
+    plan::{Accept, Cut, DraftSource, Entry, Predictor, Rule, Selector, Stage},
     site::{Point, Proj, Site},
     statistics::Statistics,
     tensor::Tensor,
@@ -54,6 +54,13 @@ impl Weights for RandomWeights {
     fn matrix(&self, layer: usize, proj: Proj) -> Option<Vec<f32>> {
         let (outputs, inputs) = layers()[layer].projection(proj)?;
         Some(values(1000 + (layer * 7 + proj as usize) as u64, outputs * inputs, false))
+    }
+
+    fn predictor(&self, layer: usize) -> Option<(Predictor, f32)> {
+        let (rank, seed) = (16, 2000 + 2 * layer as u64);
+        let down = Tensor::matrix(rank, &values(seed, rank * WIDTH, false));
+        let up = Tensor::matrix(INNER, &values(seed + 1, INNER * rank, false));
+        Some((Predictor { down, up, relu: true }, 0.0))
     }
 
     fn column_norms(&self, layer: usize, projs: &[Proj]) -> Option<Tensor> {
@@ -139,11 +146,29 @@ fn kept_share(entry: &Entry) -> f64 {
     if let (Rule::Predicted { .. }, Cut::Top { count }) = (&entry.rule, &entry.rule.selector().cut) {
         return *count as f64 / INNER as f64;
     }
+    if let (Rule::Predicted { predictor, .. }, Cut::Above { threshold }) = (&entry.rule, &entry.rule.selector().cut) {
+        return predicted_share(entry.layer, predictor, *threshold);
+    }
     let (width, values) = data(selected_point(entry));
     let signed = matches!(entry.rule, Rule::Neurons { on: Stage::Gate, .. });
     let rows = values.chunks_exact(width);
     let kept: usize = rows.map(|x| select(isa::get(), entry.rule.selector(), x, signed).0.len()).sum();
     kept as f64 / values.len() as f64
+}
+
+/// Share of the neurons that a predictor scores above `threshold`, over the tokens that `powerinfer` samples.
+fn predicted_share(layer: usize, predictor: &Predictor, threshold: f32) -> f64 {
+    let (width, values) = data(Point::Input { layer, proj: layers()[layer].observed_as(Proj::Up) });
+    let (fc1, fc2) = (predictor.down.to_f32(), predictor.up.to_f32());
+    let product = |w: &[f32], x: &[f32]| -> Vec<f32> {
+        w.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    };
+    let kept = |x: &[f32]| {
+        let hidden: Vec<f32> = product(&fc1, x).iter().map(|v| v.max(0.0)).collect();
+        product(&fc2, &hidden).iter().filter(|s| **s > threshold).count()
+    };
+    let shares: Vec<f64> = values.chunks_exact(width).step_by(7).map(|x| kept(x) as f64 / INNER as f64).collect();
+    shares.iter().sum::<f64>() / shares.len() as f64
 }
 
 /// Share of the weights that a layer's entries decide about and drop.

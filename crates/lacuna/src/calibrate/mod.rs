@@ -287,6 +287,7 @@ mod tests {
             norm: crate::model::spec::NormKind::Rms,
             norm_eps: 1e-5,
             logit_cap: None,
+            predictor_threshold: 0.0,
             blocks: vec![block.clone(), block],
         };
         layer_shapes(&spec)

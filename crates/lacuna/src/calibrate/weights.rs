@@ -3,6 +3,7 @@
 use crate::model::Model;
 use lacuna_core::{
     method::Weights,
+    plan::Predictor,
     site::Proj,
     tensor::Tensor,
     weight::{Orientation, Weight},
@@ -61,20 +62,41 @@ fn column_squares(weight: &Weight) -> Vec<f64> {
     squares
 }
 
+/// `W[outputs, inputs]`, dequantised.
+fn decoded(weight: &Weight) -> Vec<f32> {
+    let (m, outputs, inputs) = (weight.matrix(), weight.outputs(), weight.inputs());
+    let mut all = vec![0.0; outputs * inputs];
+    let mut run = vec![0.0; m.cols()];
+    for r in 0..m.rows() {
+        decode_run(m.format(), m.row(r), &mut run);
+        match weight.orientation() {
+            Orientation::OutputMajor => all[r * inputs..][..inputs].copy_from_slice(&run),
+            Orientation::InputMajor => (0..outputs).for_each(|o| all[o * inputs + r] = run[o]),
+        }
+    }
+    all
+}
+
 impl Weights for ModelWeights {
     fn matrix(&self, layer: usize, proj: Proj) -> Option<Vec<f32>> {
-        let weight = self.weight(layer, proj)?;
-        let (m, outputs, inputs) = (weight.matrix(), weight.outputs(), weight.inputs());
-        let mut all = vec![0.0; outputs * inputs];
-        let mut run = vec![0.0; m.cols()];
-        for r in 0..m.rows() {
-            decode_run(m.format(), m.row(r), &mut run);
-            match weight.orientation() {
-                Orientation::OutputMajor => all[r * inputs..][..inputs].copy_from_slice(&run),
-                Orientation::InputMajor => (0..outputs).for_each(|o| all[o * inputs + r] = run[o]),
-            }
+        self.weight(layer, proj).map(decoded)
+    }
+
+    /// The file's predictor reads the residual stream `x`; here it is changed to read `h = gain * x / rms(x)`, by dividing
+    /// its columns by the gain. Without biases its scores scale with its input, so that they keep their signs: at the
+    /// threshold zero it names the same neurons. A gain of zero, or a norm with a mean, leaves no such form.
+    fn predictor(&self, layer: usize) -> Option<(Predictor, f32)> {
+        let block = self.model.blocks.get(layer)?;
+        let stored = block.predictor.as_ref().filter(|_| block.mlp_norm.bias.is_none())?;
+        let gain = &block.mlp_norm.gain;
+        if gain.contains(&0.0) {
+            return None;
         }
-        Some(all)
+        let mut fc1 = decoded(&stored.fc1);
+        fc1.chunks_exact_mut(gain.len()).for_each(|row| row.iter_mut().zip(gain).for_each(|(w, g)| *w /= g));
+        let down = Tensor::matrix(stored.fc1.outputs(), &fc1);
+        let up = Tensor::matrix(stored.fc2.outputs(), &decoded(&stored.fc2));
+        Some((Predictor { down, up, relu: true }, self.model.spec.predictor_threshold))
     }
 
     fn column_norms(&self, layer: usize, projs: &[Proj]) -> Option<Tensor> {

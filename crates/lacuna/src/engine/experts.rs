@@ -3,9 +3,9 @@
 
 use super::{
     compiled::NeuronRule,
-    forward::{Forward, Mode, Workspace, layer_plan, show, sized},
+    forward::{Forward, Mode, Nobody, Workspace, layer_plan, show, sized},
     gated_bytes, masked,
-    mlp::gate_times_up,
+    mlp::{Acts, gate_times_up},
     rows,
     sparse::Neurons,
 };
@@ -14,7 +14,7 @@ use crate::model::{
     weights::{Gated, Linear},
 };
 use lacuna_core::site::Point;
-use lacuna_kernels::elementwise::{self, Activation};
+use lacuna_kernels::elementwise;
 
 /// Buffers of a mixture.
 #[derive(Default)]
@@ -64,7 +64,7 @@ fn route(scores: &mut [f32], experts: usize, active: usize, normalise: bool, rou
 /// The mixture of one layer.
 pub(super) struct Mixture<'a> {
     pub layer: usize,
-    pub act: Activation,
+    pub act: Acts,
     pub router: &'a Linear,
     pub experts: &'a [Gated],
 }
@@ -121,7 +121,8 @@ impl Forward<'_> {
             self.counters.weight_bytes += gated_bytes(e);
         }
         linears.chosen(pool, h, n, &mut parts);
-        gate_times_up(pool, self.observer, (w.layer, w.act), gate, up, inner);
+        w.act.activate_up(pool, up, inner);
+        gate_times_up(pool, self.observer, (w.layer, w.act.gate), gate, up, inner);
         let mut results = sized(&mut buffers.results, routes.len() * width);
         let (mut parts, mut first) = (Vec::with_capacity(routes.len()), 0);
         for group in routes.chunk_by(|a, b| a.expert == b.expert) {
@@ -152,8 +153,9 @@ impl Forward<'_> {
             linears.chosen(pool, h, n, &mut parts);
         }
         let result = sized(&mut buffers.results, width);
-        let observer = &mut *self.observer;
-        let mut watch = |gate: &[f32]| show(observer, Point::Neurons { layer }, inner, gate);
+        let mut seen = Vec::new();
+        let watched = self.observer.wants(Point::Neurons { layer });
+        let mut watch = |gate: &[f32]| seen.extend_from_slice(if watched { gate } else { &[] });
         for (r, gate) in routes.iter().zip(gate.chunks_exact_mut(inner)) {
             let e = &w.experts[r.expert];
             let (rule, down_bias) = (&rules[r.expert], e.down.bias.as_deref());
@@ -164,6 +166,9 @@ impl Forward<'_> {
             self.counters.layers[layer].neurons.add(used.kept, inner);
             self.counters.weight_bytes += used.bytes;
         }
+        if !seen.is_empty() {
+            show(self.observer, Point::Neurons { layer }, inner, &seen);
+        }
     }
 
     /// Expert by expert over all of its tokens, through matrix products; with rules, each token over its own neurons.
@@ -172,6 +177,8 @@ impl Forward<'_> {
         let width = self.shared.model.spec.width;
         let Workspace { h, y, gate, up, linears, experts: buffers, .. } = &mut *self.ws;
         let ExpertBuffers { routes, gathered, results, .. } = buffers;
+        let mut seen = Vec::new();
+        let watched = self.observer.wants(Point::Neurons { layer });
         for group in routes.chunk_by(|a, b| a.expert == b.expert) {
             let (e, n) = (&w.experts[group[0].expert], group.len());
             let inner = e.gate.weight.outputs();
@@ -179,8 +186,9 @@ impl Forward<'_> {
             group.iter().for_each(|r| gathered.extend_from_slice(&h[r.token * width..(r.token + 1) * width]));
             let (gate, up) = (sized(gate, n * inner), sized(up, n * inner));
             linears.prefill(pool, gathered, n, &mut [(&e.gate, &mut *gate), (&e.up, &mut *up)]);
+            w.act.activate_up(pool, up, inner);
             if let Some(rule) = rules.get(group[0].expert) {
-                let kept = masked::neurons(pool, linears, rule, (w.act, &[]), (gathered, n), gate);
+                let kept = masked::neurons(pool, linears, rule, (w.act.gate, &[]), (gathered, n), gate);
                 rows::pairs(pool, gate, up, inner, |gate, up| up.iter_mut().zip(gate).for_each(|(u, g)| *u *= *g));
                 let reach = masked::products(pool, rule, kept, up, inner);
                 self.counters.layers[layer].neurons.add(kept as usize, n * inner);
@@ -188,12 +196,16 @@ impl Forward<'_> {
                 let rows = kept * e.up.weight.matrix().row_bytes() as u64 + reach * rule.channel_bytes as u64;
                 self.counters.weight_bytes += read as u64 + rows;
             } else {
-                gate_times_up(pool, self.observer, (layer, w.act), gate, up, inner);
+                gate_times_up(pool, &mut Nobody, (layer, w.act.gate), gate, up, inner);
+                seen.extend_from_slice(if watched { gate } else { &[] });
                 self.counters.weight_bytes += if self.mode == Mode::Masked { n as u64 * gated_bytes(e) } else { 0 };
             }
             let results = sized(results, n * width);
             linears.prefill(pool, up, n, &mut [(&e.down, &mut *results)]);
             group.iter().zip(results.chunks_exact(width)).for_each(|(r, result)| r.add(result, y));
+        }
+        if !seen.is_empty() {
+            show(self.observer, Point::Neurons { layer }, w.experts[0].gate.weight.outputs(), &seen);
         }
     }
 }

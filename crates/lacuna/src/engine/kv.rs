@@ -284,6 +284,7 @@ mod tests {
             norm: NormKind::Rms,
             norm_eps: 1e-5,
             logit_cap: None,
+            predictor_threshold: 0.0,
             blocks: vec![block.clone(), BlockSpec { kv_heads: 2, ..block }],
         }
     }

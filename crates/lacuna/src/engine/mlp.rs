@@ -32,7 +32,7 @@ impl Forward<'_> {
         for &proj in proj_inputs {
             show(self.observer, Point::Input { layer, proj }, width, &self.ws.h);
         }
-        let act = block.act;
+        let act = Acts { gate: block.act, up: block.up_act };
         let (first, second, down) = match mlp {
             Mlp::Gated(g) => (&g.gate, Some(&g.up), &g.down),
             Mlp::Plain { up, down } => (up, None, down),
@@ -59,12 +59,13 @@ impl Forward<'_> {
                 let (gate, up) = (sized(gate, n * inner), sized(up, n * inner));
                 let parts = [(Proj::Gate, w.first, &mut *gate), (Proj::Up, second, &mut *up)];
                 project(&place, linears, self.counters, (h, n), parts);
+                w.act.activate_up(&self.shared.pool, up, inner);
                 show(self.observer, Point::Up { layer: w.layer }, inner, up);
-                gate_times_up(&self.shared.pool, self.observer, (w.layer, w.act), gate, up, inner);
+                gate_times_up(&self.shared.pool, self.observer, (w.layer, w.act.gate), gate, up, inner);
             }
             None => {
                 project(&place, linears, self.counters, (h, n), [(Proj::Up, w.first, sized(up, n * inner))]);
-                rows::each(&self.shared.pool, up, inner, |_, row| elementwise::act(w.act, row));
+                rows::each(&self.shared.pool, up, inner, |_, row| elementwise::act(w.act.gate, row));
                 show(self.observer, Point::Neurons { layer: w.layer }, inner, up);
             }
         }
@@ -138,12 +139,13 @@ impl Forward<'_> {
         let by_gate = rule.reads_gate();
         let counters = if by_gate { &mut *self.counters } else { &mut unseen };
         project(&place, linears, counters, (h, n), [(first, w.first, &mut *gate)]);
-        let kept = masked::neurons(pool, linears, rule, (w.act, prompt), (h, n), gate);
+        let kept = masked::neurons(pool, linears, rule, (w.act.gate, prompt), (h, n), gate);
         let up = sized(up, n * inner);
         let mut row_bytes = if by_gate { 0 } else { w.first.weight.matrix().row_bytes() };
         match w.second {
             Some(second) => {
                 linears.prefill(pool, h, n, &mut [(second, &mut *up)]);
+                w.act.activate_up(pool, up, inner);
                 up.iter_mut().zip(gate.iter()).for_each(|(u, g)| *u *= g);
                 row_bytes += second.weight.matrix().row_bytes();
             }
@@ -161,10 +163,28 @@ impl Forward<'_> {
 /// The layers of an MLP without experts. `first` is the gate, or up in a plain MLP; `second` is up of a gated one.
 struct Layers<'a> {
     layer: usize,
-    act: Activation,
+    act: Acts,
     first: &'a Linear,
     second: Option<&'a Linear>,
     down: &'a Linear,
+}
+
+/// The non-linearities of an MLP.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acts {
+    /// Of the gate, or of up in a plain MLP.
+    pub gate: Activation,
+    /// Of up in a gated MLP, where it has one.
+    pub up: Option<Activation>,
+}
+
+impl Acts {
+    /// Applies that of up to rows of `inner` numbers.
+    pub fn activate_up(self, pool: &Pool, up: &mut [f32], inner: usize) {
+        if let Some(act) = self.up {
+            rows::each(pool, up, inner, |_, row| elementwise::act(act, row));
+        }
+    }
 }
 
 /// `up = act(gate) * up`, row by row; the observer may see the activated gates.

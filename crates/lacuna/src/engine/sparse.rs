@@ -3,6 +3,7 @@
 use super::{
     compiled::{ChosenBy, LayerPlan, NeuronRule},
     linear::{Linears, Part, Sparsity},
+    mlp::Acts,
 };
 use crate::model::weights::Linear;
 use lacuna_core::plan::{Cut, Selector, Stage};
@@ -131,7 +132,7 @@ pub(super) fn inputs(
 /// An MLP over selected neurons. `first` is the gate, or up in a plain MLP; `second` is up of a gated one.
 pub(super) struct Neurons<'a> {
     pub rule: &'a NeuronRule,
-    pub act: Activation,
+    pub act: Acts,
     pub first: &'a Linear,
     pub second: Option<&'a Linear>,
     pub down_bias: Option<&'a [f32]>,
@@ -163,6 +164,9 @@ impl Neurons<'_> {
         product.resize(kept, 0.0);
         if let Some(up) = self.second {
             rows(pool, linears, up, x, &chosen.index, product);
+            if let Some(act) = self.act.up {
+                elementwise::act(act, product);
+            }
             product.iter_mut().zip(&chosen.value).for_each(|(p, g)| *p *= g);
             bytes += (kept * up.weight.matrix().row_bytes()) as u64;
         } else {
@@ -200,14 +204,14 @@ impl Neurons<'_> {
         }
         match &self.rule.by {
             ChosenBy::Gate(Stage::Activated) => {
-                elementwise::act(self.act, gate);
+                elementwise::act(self.act.gate, gate);
                 watch(gate);
                 chosen.select(selector, gate, false, self.prompt);
                 0
             }
             ChosenBy::Gate(Stage::Gate) => {
                 chosen.select(selector, gate, true, self.prompt);
-                elementwise::act(self.act, &mut chosen.value);
+                elementwise::act(self.act.gate, &mut chosen.value);
                 0
             }
             ChosenBy::Predictor { down, relu, up } => {
@@ -222,7 +226,7 @@ impl Neurons<'_> {
     fn gates(&self, pool: &Pool, linears: &mut Linears, x: &[f32], chosen: &mut Selection) -> u64 {
         chosen.value.resize(chosen.index.len(), 0.0);
         rows(pool, linears, self.first, x, &chosen.index, &mut chosen.value);
-        elementwise::act(self.act, &mut chosen.value);
+        elementwise::act(self.act.gate, &mut chosen.value);
         (chosen.index.len() * self.first.weight.matrix().row_bytes()) as u64
     }
 }

@@ -88,6 +88,9 @@ pub(super) fn neurons(
             if let Some(bias) = &up.bias {
                 up_row.iter_mut().zip(&s.index).for_each(|(u, &i)| *u += bias[i as usize]);
             }
+            if let Some(act) = w.act.up {
+                elementwise::act(act, up_row);
+            }
             product.iter_mut().zip(up_row).for_each(|(p, u)| *p *= *u);
         }
         bytes += (union(&rows, inner) * up.weight.matrix().row_bytes()) as u64;

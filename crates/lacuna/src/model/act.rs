@@ -31,10 +31,12 @@ pub fn from_fields(f: &Fields, key: &str, default: Act) -> Result<Act> {
     })
 }
 
-/// The non-linearity of a GGUF file: the architecture's own, unless Lacuna's key says otherwise.
+/// The non-linearity of a GGUF file: the architecture's own (in PowerInfer's files ReLU, which they do not say), unless
+/// Lacuna's key says otherwise.
 ///
 /// # Errors
 /// A name that is not known.
 pub fn from_gguf(f: &Fields, default: Act) -> Result<Act> {
+    let default = if f.flag_or("powerinfer", false)? { Act::Relu } else { default };
     from_fields(f, "lacuna.hidden_act", default)
 }

@@ -3,7 +3,7 @@
 use super::fields::Fields;
 use super::names::Names;
 use super::spec::Spec;
-use super::{gemma2, gemma3, gpt_neox, gpt2, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe};
+use super::{bamboo, gemma2, gemma3, gpt_neox, gpt2, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe};
 use crate::error::{Error, Result};
 
 /// One architecture: how its files are recognised, read and bound.
@@ -46,6 +46,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &gpt_neox::GPT_NEOX,
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
+    &bamboo::BAMBOO,
 ];
 
 /// The architecture of a config.json: by `architectures`, else by `model_type`.

@@ -3,8 +3,10 @@
 use super::names::{Experts, GateUp, Names, Qkv, fill};
 use super::source::{Source, plain};
 use super::spec::{BlockSpec, MlpSpec, NormKind, Position, Spec};
-use super::weights::{Block, Gated, Linear, Mlp, Model, Norm};
+use super::weights::{Block, Gated, Linear, Mlp, Model, Norm, StoredPredictor};
+use crate::engine::transpose::input_major_format;
 use crate::error::{Error, Result};
+use lacuna_core::weight::{Orientation, Weight};
 use std::ops::Range;
 
 /// Endings of tensors that some checkpoints carry and no forward pass needs: causal masks and frequency tables.
@@ -144,6 +146,7 @@ impl Binder<'_> {
             mlp_norm: self.norm(n.mlp_norm, &[i], width)?,
             mlp_post_norm: post(n.mlp_post_norm)?,
             mlp: self.mlp(i, &b.mlp)?,
+            predictor: self.predictor(i, &b.mlp)?,
         })
     }
 
@@ -176,10 +179,9 @@ impl Binder<'_> {
     fn mlp(&self, i: usize, mlp: &MlpSpec) -> Result<Mlp> {
         let (n, width) = (self.names, self.spec.width);
         match *mlp {
-            MlpSpec::Plain { inner } => Ok(Mlp::Plain {
-                up: self.linear(n.up, &[i], inner, width)?,
-                down: self.linear(n.down, &[i], width, inner)?,
-            }),
+            MlpSpec::Plain { inner } => {
+                Ok(Mlp::Plain { up: self.linear(n.up, &[i], inner, width)?, down: self.down(i, inner)? })
+            }
             MlpSpec::Gated { inner } => {
                 let (gate, up) = match n.gate_up {
                     GateUp::Split(gate, up) => {
@@ -190,13 +192,41 @@ impl Binder<'_> {
                         (gate?, up?)
                     }
                 };
-                Ok(Mlp::Gated(Gated { gate, up, down: self.linear(n.down, &[i], width, inner)? }))
+                Ok(Mlp::Gated(Gated { gate, up, down: self.down(i, inner)? }))
             }
             MlpSpec::Experts { experts, inner, .. } => {
                 let router = self.linear(n.router, &[i], experts, width)?;
                 Ok(Mlp::Experts { router, experts: self.experts(i, experts, inner)? })
             }
         }
+    }
+
+    /// The down projection of an MLP, which may be stored input-major.
+    fn down(&self, i: usize, inner: usize) -> Result<Linear> {
+        let (n, width) = (self.names, self.spec.width);
+        let name = self.name(n.down_t, &[i], "weight");
+        if n.down_t.is_empty() || !self.source.has(&name) {
+            return self.linear(n.down, &[i], width, inner);
+        }
+        let stored = self.source.matrix(&name, inner, width)?;
+        let what = || format!("tensor `{name}` of type {} in `[inputs, outputs]` order", stored.format().name());
+        let kept = input_major_format(stored.format(), width).0 == stored.format();
+        let bytes = stored.bytes().clone();
+        let weight = Weight::new(stored.format(), Orientation::InputMajor, width, inner, bytes).filter(|_| kept);
+        let weight = weight.ok_or_else(|| Error::Unsupported {
+            file: self.source.file.clone(),
+            what: what(),
+            remedy: "; convert the model to F16, Q8_0 or Q4_0".into(),
+        })?;
+        Ok(Linear { weight, bias: self.bias(n.down, &[i], width, false)? })
+    }
+
+    fn predictor(&self, i: usize, mlp: &MlpSpec) -> Result<Option<StoredPredictor>> {
+        let (MlpSpec::Gated { inner } | MlpSpec::Plain { inner }) = *mlp else { return Ok(None) };
+        let [fc1, fc2] = self.names.predictor.map(|n| self.name(n, &[i], "weight"));
+        let Some(rank) = self.source.tensors.get(&fc1).and_then(|t| t.shape.first().copied()) else { return Ok(None) };
+        let (fc1, fc2) = (self.source.matrix(&fc1, rank, self.spec.width)?, self.source.matrix(&fc2, inner, rank)?);
+        Ok(Some(StoredPredictor { fc1, fc2 }))
     }
 
     fn experts(&self, i: usize, count: usize, inner: usize) -> Result<Vec<Gated>> {

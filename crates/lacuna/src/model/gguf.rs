@@ -45,6 +45,9 @@ fn settings(file: &Gguf, arch: &str) -> Result<Map<String, Json>> {
             map.insert(key.strip_prefix(&prefix).unwrap_or(key).to_owned(), json);
         }
     }
+    if file.is_powerinfer() {
+        map.insert("powerinfer".into(), true.into());
+    }
     for name in ROPE_TENSORS {
         let Some(t) = file.get(name) else { continue };
         let (rows, cols) = t.rows_cols();

@@ -39,7 +39,8 @@ pub fn family_gguf_spec(f: &Fields, arch: &str, pairs: RopePairs) -> Result<Spec
     let shape = Shape::from_gguf(f)?;
     let rope = rope::from_gguf(f, shape.head_dim, pairs)?;
     let eps = f.epsilon("attention.layer_norm_rms_epsilon", None)?;
-    Ok(shape.decoder(arch, eps, rope, act::from_gguf(f, Act::Silu)?))
+    let predictor_threshold = f.number_or("powerinfer.sparse_threshold", 0.0)? as f32;
+    Ok(Spec { predictor_threshold, ..shape.decoder(arch, eps, rope, act::from_gguf(f, Act::Silu)?) })
 }
 
 /// GGUF calls Llama, Mistral and Mixtral all `llama`: experts make it a Mixtral, a window a Mistral.

@@ -7,6 +7,7 @@
 
 pub mod act;
 pub mod arch;
+pub mod bamboo;
 pub mod bind;
 pub mod checkpoint;
 pub mod fields;

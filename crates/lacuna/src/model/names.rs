@@ -67,6 +67,10 @@ pub struct Names {
     pub up: &'static str,
     /// Down projection.
     pub down: &'static str,
+    /// Down projection stored `[inputs, outputs]`, used where it is present; empty where the architecture has none.
+    pub down_t: &'static str,
+    /// A predictor of active neurons that may come with an MLP: its two layers; empty where the architecture has none.
+    pub predictor: [&'static str; 2],
     /// Router of the experts.
     pub router: &'static str,
     /// Experts.
@@ -101,6 +105,8 @@ pub const LLAMA: Names = Names {
     gate_up: GateUp::Split("layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"),
     up: "layers.{}.mlp.up_proj",
     down: "layers.{}.mlp.down_proj",
+    down_t: "",
+    predictor: ["", ""],
     router: "layers.{}.mlp.gate",
     experts: Experts::None,
     gain_offset: 0.0,
@@ -128,6 +134,9 @@ pub const GGUF: Names = Names {
     gate_up: GateUp::Split("blk.{}.ffn_gate", "blk.{}.ffn_up"),
     up: "blk.{}.ffn_up",
     down: "blk.{}.ffn_down",
+    // PowerInfer, `gguf-py/gguf/constants.py`.
+    down_t: "blk.{}.ffn_down_t",
+    predictor: ["blk.{}.fc1", "blk.{}.fc2"],
     router: "blk.{}.ffn_gate_inp",
     experts: Experts::Stacked("blk.{}.ffn_gate_exps", "blk.{}.ffn_up_exps", "blk.{}.ffn_down_exps"),
     gain_offset: 0.0,

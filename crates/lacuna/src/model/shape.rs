@@ -93,6 +93,7 @@ impl Shape {
             parallel: false,
             mlp: MlpSpec::Gated { inner: self.inner },
             act,
+            up_act: None,
         };
         Spec {
             arch: arch.into(),
@@ -105,6 +106,7 @@ impl Shape {
             norm: NormKind::Rms,
             norm_eps,
             logit_cap: None,
+            predictor_threshold: 0.0,
             blocks: vec![block; self.layers],
         }
     }

@@ -85,6 +85,8 @@ pub struct BlockSpec {
     pub mlp: MlpSpec,
     /// Its non-linearity.
     pub act: Act,
+    /// The non-linearity of up in a gated MLP, where there is one (dReLU: that of the gate).
+    pub up_act: Option<Act>,
 }
 
 /// A whole decoder.
@@ -110,6 +112,8 @@ pub struct Spec {
     pub norm_eps: f32,
     /// Logits become `cap * tanh(logit / cap)` (Gemma 2).
     pub logit_cap: Option<f32>,
+    /// The score from which predictors that came with the model call a neuron active.
+    pub predictor_threshold: f32,
     /// The blocks.
     pub blocks: Vec<BlockSpec>,
 }

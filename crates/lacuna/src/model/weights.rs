@@ -78,6 +78,18 @@ pub struct Block {
     pub mlp_post_norm: Option<Norm>,
     /// The MLP.
     pub mlp: Mlp,
+    /// The predictor of active neurons that came with it.
+    pub predictor: Option<StoredPredictor>,
+}
+
+/// A predictor as PowerInfer stores it: `fc2 relu(fc1 x)` for the residual stream `x` before the norm of the MLP; scores
+/// of at least [`Spec::predictor_threshold`] call a neuron active.
+#[derive(Clone, Debug)]
+pub struct StoredPredictor {
+    /// `[rank, width]`.
+    pub fc1: Weight,
+    /// `[inner, rank]`.
+    pub fc2: Weight,
 }
 
 /// A loaded model.

@@ -13,6 +13,8 @@ pub struct Kind {
     pub format: Format,
     pub mlp: MlpKind,
     pub act: Act,
+    /// The activation also on up.
+    pub drelu: bool,
     pub window: Option<usize>,
     /// Layer norms, biases, learned positions, parallel blocks; otherwise root mean square and rotary.
     pub classic: bool,
@@ -26,7 +28,7 @@ pub enum MlpKind {
 }
 
 pub const PLAIN_LLAMA: Kind =
-    Kind { format: Format::F32, mlp: MlpKind::Gated, act: Act::Silu, window: None, classic: false };
+    Kind { format: Format::F32, mlp: MlpKind::Gated, act: Act::Silu, drelu: false, window: None, classic: false };
 
 pub const WIDTH: usize = 64;
 pub const INNER: usize = 96;
@@ -103,6 +105,7 @@ impl Maker {
             mlp_norm: self.norm(),
             mlp_post_norm: None,
             mlp: self.mlp(),
+            predictor: None,
         }
     }
 }
@@ -126,6 +129,7 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         parallel: kind.classic,
         mlp,
         act: kind.act,
+        up_act: kind.drelu.then_some(kind.act),
     };
     let freqs = (0..8).map(|i| 10_000f32.powf(-(i as f32) / 8.0)).collect();
     let spec = Spec {
@@ -139,6 +143,7 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         norm: if kind.classic { NormKind::Layer } else { NormKind::Rms },
         norm_eps: 1e-5,
         logit_cap: None,
+        predictor_threshold: 0.0,
         blocks: vec![block; LAYERS],
     };
     let embed = m.weight(VOCAB, WIDTH);

@@ -6,6 +6,7 @@ pub mod chess;
 pub mod core_neurons;
 pub mod drelu;
 pub mod fatrelu;
+pub mod powerinfer;
 pub mod predictor;
 pub mod q_sparse;
 pub mod r_sparse;

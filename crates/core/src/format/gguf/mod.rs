@@ -28,6 +28,8 @@ use std::{ops::Range, path::Path};
 
 /// First bytes of every file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
+/// Magic of PowerInfer's files, which are GGUF otherwise: models with ReLU and predictors of their active neurons.
+pub const POWERINFER_MAGIC: [u8; 4] = *b"PWRI";
 /// Alignment where `general.alignment` is absent.
 pub const ALIGNMENT: u64 = 32;
 const MAX_AXES: usize = cap::AXES as usize;
@@ -38,6 +40,7 @@ const SMALLEST_ENTRY: usize = 8 + 1 + 4 + 8 + 4 + 8;
 #[derive(Clone, Debug)]
 pub struct Gguf {
     bytes: Bytes,
+    powerinfer: bool,
     version: u32,
     metadata: Metadata,
     /// In the order of the file.
@@ -97,7 +100,7 @@ impl Gguf {
     /// If any rule of the format is broken; the error names the key or tensor and the byte.
     pub fn parse(bytes: Bytes) -> Result<Self> {
         let mut c = Cursor::new(&bytes);
-        let version = parse_version(&mut c)?;
+        let (powerinfer, version) = parse_version(&mut c)?;
         let tensor_count = c.count("the number of tensors", cap::TENSORS, SMALLEST_ENTRY)?;
         let key_count = c.count("the number of metadata keys", cap::KEYS, value::SMALLEST_PAIR)?;
         let metadata = Metadata::parse(&mut c, key_count, &bytes)?;
@@ -109,12 +112,17 @@ impl Gguf {
         let header = c.position();
         let by_name = index_names(&bytes, &tensors)?;
         place_data(&bytes, &mut tensors, header, alignment)?;
-        Ok(Self { bytes, version, metadata, tensors, by_name, header })
+        Ok(Self { bytes, powerinfer, version, metadata, tensors, by_name, header })
     }
 
     /// Version of the container, 2 or 3.
     pub fn version(&self) -> u32 {
         self.version
+    }
+
+    /// Whether it is PowerInfer's ([`POWERINFER_MAGIC`]).
+    pub fn is_powerinfer(&self) -> bool {
+        self.powerinfer
     }
 
     /// The key-value pairs.
@@ -177,9 +185,11 @@ impl Gguf {
     }
 }
 
-fn parse_version(c: &mut Cursor<'_>) -> Result<u32> {
+/// Whether the file is PowerInfer's, and its version.
+fn parse_version(c: &mut Cursor<'_>) -> Result<(bool, u32)> {
     let magic = c.take(4)?;
-    if magic != MAGIC {
+    let powerinfer = magic == POWERINFER_MAGIC;
+    if magic != MAGIC && !powerinfer {
         let found = format!("{:?}", String::from_utf8_lossy(magic));
         return Err(Error::Malformed {
             at: Box::default(),
@@ -190,7 +200,7 @@ fn parse_version(c: &mut Cursor<'_>) -> Result<u32> {
         .at_byte(0));
     }
     match c.u32()? {
-        version @ (2 | 3) => Ok(version),
+        version @ (2 | 3) => Ok((powerinfer, version)),
         version if version.swap_bytes() <= 3 => {
             Err(Error::unsupported("a big-endian GGUF file", "Convert the model again with little-endian output")
                 .at_byte(4))
