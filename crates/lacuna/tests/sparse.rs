@@ -181,7 +181,7 @@ fn predictors_of_a_powerinfer_file_name_the_open_gates() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bamboo");
     let (with, without) = (model(&dir.join("model.gguf")), model(&dir));
     let tokens = tokens_for(&with, 40);
-    let plan = calibrated("powerinfer", &with, std::slice::from_ref(&tokens));
+    let plan = calibrated("stored-predictor", &with, std::slice::from_ref(&tokens));
     let open = calibrated("relu", &with, std::slice::from_ref(&tokens));
     for (p, o) in plan.entries.iter().zip(&open.entries) {
         let (p, o) = (p.kept.unwrap(), o.kept.unwrap());
@@ -195,7 +195,7 @@ fn predictors_of_a_powerinfer_file_name_the_open_gates() {
     // Predictors of plans are bf16: a gate within rounding of zero may be missed.
     assert!(far < 0.02 * range, "{far} of {range}");
     let subject = calibrate::Subject::new(&without);
-    let steps = registry::parse("powerinfer").unwrap();
+    let steps = registry::parse("stored-predictor").unwrap();
     let nothing = lacuna_core::statistics::Statistics::default();
     let e = calibrate::plan(&steps, &subject, &nothing).unwrap_err().to_string();
     assert!(e.contains("layer 0 brings no predictor"), "{e}");

@@ -2,8 +2,8 @@
 
 use crate::activations::{
     cats::Cats, cett::Cett, chess::Chess, core_neurons::CoreNeurons, drelu::DRelu, fatrelu::FatRelu,
-    powerinfer::PowerInfer, predictor::Predictor, q_sparse::QSparse, r_sparse::RSparse, relu::Relu, spark::Spark,
-    teal::Teal, topk::TopK, wina::Wina,
+    predictor::Predictor, q_sparse::QSparse, r_sparse::RSparse, relu::Relu, spark::Spark,
+    stored_predictor::StoredPredictor, teal::Teal, topk::TopK, wina::Wina,
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use lacuna_core::{
@@ -28,7 +28,7 @@ pub static METHODS: &[&dyn Method] = &[
     &QSparse,
     &Cett,
     &Predictor,
-    &PowerInfer,
+    &StoredPredictor,
     &TokenRecycling,
     &SelfSpeculation,
     &Sirius,

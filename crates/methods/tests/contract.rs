@@ -156,7 +156,7 @@ fn kept_share(entry: &Entry) -> f64 {
     kept as f64 / values.len() as f64
 }
 
-/// Share of the neurons that a predictor scores above `threshold`, over the tokens that `powerinfer` samples.
+/// Share of the neurons that a predictor scores above `threshold`, over the tokens that `stored-predictor` samples.
 fn predicted_share(layer: usize, predictor: &Predictor, threshold: f32) -> f64 {
     let (width, values) = data(Point::Input { layer, proj: layers()[layer].observed_as(Proj::Up) });
     let (fc1, fc2) = (predictor.down.to_f32(), predictor.up.to_f32());

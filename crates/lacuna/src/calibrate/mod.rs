@@ -275,6 +275,7 @@ mod tests {
             parallel: false,
             mlp: MlpSpec::Gated { inner: 12 },
             act,
+            up_act: None,
         };
         let spec = Spec {
             arch: "test".into(),

@@ -272,6 +272,7 @@ mod tests {
             parallel: false,
             mlp: MlpSpec::Plain { inner: 8 },
             act: Act::Relu,
+            up_act: None,
         };
         Spec {
             arch: "test".into(),

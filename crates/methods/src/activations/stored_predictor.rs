@@ -1,4 +1,4 @@
-//! `powerinfer`: the neurons that predictors in the model's own file call active.
+//! `stored-predictor`: the neurons that predictors in the model's own file call active.
 //!
 //! Song et al., PowerInfer (arXiv:2312.12456): its GGUF files (magic `PWRI`) carry, per layer, `fc1 [rank, width]` and
 //! `fc2 [neurons, rank]`; a neuron is active where `fc2 relu(fc1 x)` reaches the file's threshold, and only the rows and
@@ -19,7 +19,7 @@ use lacuna_core::{
 
 /// PowerInfer's predictors.
 #[derive(Debug)]
-pub struct PowerInfer;
+pub struct StoredPredictor;
 
 /// Sampled tokens, from which the kept share is estimated.
 const TOKENS: usize = 256;
@@ -28,9 +28,9 @@ fn point(ctx: &PlanContext<'_>, layer: usize) -> Point {
     Point::Input { layer, proj: ctx.layers[layer].observed_as(Proj::Up) }
 }
 
-impl Method for PowerInfer {
+impl Method for StoredPredictor {
     fn name(&self) -> &'static str {
-        "powerinfer"
+        "stored-predictor"
     }
 
     fn title(&self) -> &'static str {
@@ -133,8 +133,9 @@ mod tests {
 
     fn plan(weights: &dyn Weights) -> Result<Vec<Entry>, MethodError> {
         let (layers, budgets, statistics) = (layers(2, "relu"), Budgets::default(), Statistics::default());
-        let params = Params::new(&PowerInfer, []).unwrap();
-        PowerInfer.plan(&params, PlanContext { layers: &layers, statistics: &statistics, weights, budgets: &budgets })
+        let params = Params::new(&StoredPredictor, []).unwrap();
+        StoredPredictor
+            .plan(&params, PlanContext { layers: &layers, statistics: &statistics, weights, budgets: &budgets })
     }
 
     #[test]
