@@ -57,7 +57,7 @@ fn section(m: &dyn Method) -> String {
         m.summary(),
         paper.paper,
         layouts.join(", "),
-        if m.site() == Site::Decoding { "--draft" } else { "--sparse" },
+        flag(m.site()),
         usage(m),
     );
     if !m.params().is_empty() {
@@ -67,6 +67,14 @@ fn section(m: &dyn Method) -> String {
         }
     }
     out
+}
+
+fn flag(site: Site) -> &'static str {
+    match site {
+        Site::Decoding => "--draft",
+        Site::Weights => "lacuna compress MODEL -o OUT --method",
+        _ => "--sparse",
+    }
 }
 
 /// The short form with the default of the first parameter.

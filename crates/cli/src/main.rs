@@ -48,6 +48,8 @@ enum Verb {
     Compare(verbs::compare::Args),
     /// Observe a calibration text and store the plan of a sparse method.
     Calibrate(verbs::calibrate::Args),
+    /// Prune and quantise a model into a smaller one, block by block.
+    Compress(verbs::compress::Args),
     /// Show what is in a model file, and the memory it will take.
     Inspect(verbs::inspect::Args),
     /// Show what this machine offers: instruction sets, bandwidth, memory, disk.
@@ -93,6 +95,7 @@ fn run(cli: Cli) -> Result<Outcome> {
         Some(Verb::Eval(a)) => verbs::eval::run(a),
         Some(Verb::Compare(a)) => verbs::compare::run(a),
         Some(Verb::Calibrate(a)) => verbs::calibrate::run(a),
+        Some(Verb::Compress(a)) => verbs::compress::run(a),
         Some(Verb::Inspect(a)) => verbs::inspect::run(a),
         Some(Verb::Doctor(a)) => verbs::doctor::run(a),
         Some(Verb::Methods(a)) => verbs::methods::run(a),

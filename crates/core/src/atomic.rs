@@ -24,6 +24,61 @@ pub fn write_atomically(
     write_through(path.as_ref(), needed, |file| file, body)
 }
 
+/// Bytes that can still be written below the folder `dir`; `None` where the system does not tell.
+#[cfg(target_os = "linux")]
+pub fn free_space(dir: &Path) -> Option<u64> {
+    let s = rustix::fs::statvfs(dir).ok()?;
+    Some(s.f_bavail.saturating_mul(s.f_frsize))
+}
+
+/// Bytes that can still be written below the folder `dir`; `None` where the system does not tell.
+#[cfg(not(target_os = "linux"))]
+pub fn free_space(_: &Path) -> Option<u64> {
+    None
+}
+
+/// Puts the complete folder `new` in the place of `path`, and removes what was there. At every moment `path` is the old or
+/// the new folder (where the system cannot swap two folders: for an instant neither).
+///
+/// # Errors
+/// The system refuses; `path` is then what it was, or, where folders cannot be swapped, may lie beside it.
+pub fn replace_folder(new: &Path, path: &Path) -> Result<()> {
+    let sync = |p: &Path| p.parent().map(|f| if f.as_os_str().is_empty() { Path::new(".") } else { f }).map(File::open);
+    if path.exists() {
+        swap(new, path).map_err(Error::io(path, "replace"))?;
+        fs::remove_dir_all(new).map_err(Error::io(new, "remove"))?;
+    } else {
+        fs::rename(new, path).map_err(Error::io(path, "rename"))?;
+    }
+    // Some systems cannot flush folders.
+    if let Some(Ok(folder)) = sync(path) {
+        let _ = folder.sync_all();
+    }
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn swap(a: &Path, b: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(()),
+        Err(_) => swap_in_steps(a, b),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn swap(a: &Path, b: &Path) -> io::Result<()> {
+    swap_in_steps(a, b)
+}
+
+fn swap_in_steps(a: &Path, b: &Path) -> io::Result<()> {
+    let mut aside = b.as_os_str().to_owned();
+    aside.push(format!(".{}.old", process::id()));
+    fs::rename(b, &aside)?;
+    fs::rename(a, b)?;
+    fs::rename(&aside, a)
+}
+
 /// As [`write_atomically`], with every write to the file passing through `wrap`: the tests make those fail.
 fn write_through<W: Write>(
     path: &Path,
@@ -162,6 +217,26 @@ mod tests {
         let refused = write_atomically(&path, Some(1 << 60), |_| panic!("must not be reached"));
         assert!(matches!(refused, Err(Error::Space { needed, .. }) if needed == 1 << 60), "{refused:?}");
         assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn folders_are_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, path) = (dir.path().join("new"), dir.path().join("model"));
+        let make = |at: &Path, text: &str| {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join("file"), text).unwrap();
+        };
+        make(&new, "first");
+        replace_folder(&new, &path).unwrap();
+        make(&new, "second");
+        replace_folder(&new, &path).unwrap();
+        assert_eq!((fs::read(path.join("file")).unwrap(), names(dir.path())), (b"second".to_vec(), vec!["model".into()]));
+        make(&new, "third");
+        swap_in_steps(&new, &path).unwrap();
+        assert_eq!(fs::read(path.join("file")).unwrap(), b"third");
+        assert_eq!(fs::read(new.join("file")).unwrap(), b"second");
+        assert!(free_space(dir.path()).is_none_or(|n| n > 0));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod atomic;
 pub mod bytes;
+pub mod compress;
 pub mod error;
 pub mod format;
 pub mod hash;

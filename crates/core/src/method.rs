@@ -2,6 +2,7 @@
 //! it asks for. Methods themselves live in `lacuna-methods`, one file each.
 
 use crate::{
+    compress::Compressor,
     plan::{Decoding, Entry, Predictor},
     site::{Point, Proj, Site},
     statistics::{Observation, Statistics},
@@ -33,6 +34,8 @@ pub enum MethodError {
         "`{point}` holds {value} at token {token} of the calibration text: the model's weights or the text break the forward pass there"
     )]
     NonFinite { point: Point, value: f32, token: u64 },
+    #[error("{place}: {reason}")]
+    Layer { place: String, reason: String },
     #[error("recipe {path}: {reason}")]
     Recipe { path: String, reason: String },
     #[error("plan {}: {reason}", path.display())]
@@ -278,12 +281,16 @@ pub trait Method: Sync {
         Needs::default()
     }
 
-    /// The entries of the plan; by default none, as for methods of [`Site::Decoding`].
+    /// The entries of the plan; by default none, as for methods of [`Site::Decoding`]. Methods of [`Site::Weights`] refuse.
     ///
     /// # Errors
     /// If the model has nothing this method can skip, or statistics are missing or not finite.
     fn plan(&self, params: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
         let _ = (params, ctx);
+        if self.compressor().is_some() {
+            let reason = format!("it changes stored weights; use `lacuna compress --method {}`", self.name());
+            return Err(MethodError::NotApplicable { method: self.name().into(), reason });
+        }
         Ok(Vec::new())
     }
 
@@ -295,6 +302,11 @@ pub trait Method: Sync {
     /// How tokens are guessed and checked: for methods of [`Site::Decoding`], which plan no entries.
     fn decoding(&self, params: &Params) -> Option<Decoding> {
         let _ = params;
+        None
+    }
+
+    /// How weights are changed: for methods of [`Site::Weights`].
+    fn compressor(&self) -> Option<&dyn Compressor> {
         None
     }
 }

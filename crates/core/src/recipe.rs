@@ -1,7 +1,7 @@
 //! What a user writes: one TOML file with the base model, the calibration text and an ordered list of methods; or its
 //! short form on a command line, `relu,teal=0.5`.
 
-use crate::{method::MethodError, suggest::hint};
+use crate::{compress::Pattern, method::MethodError, suggest::hint};
 use std::path::PathBuf;
 use toml::{Table, Value};
 
@@ -38,6 +38,8 @@ pub struct Recipe {
     pub base: Option<String>,
     /// The calibration text.
     pub calibration: Option<Calibration>,
+    /// How a share of the weights is spread over layers, for methods that change weights; none: the same everywhere.
+    pub ratios: Option<String>,
     /// What is done, in this order.
     pub steps: Vec<Step>,
 }
@@ -84,13 +86,14 @@ fn parse_table(text: &str) -> Result<Recipe, String> {
         return Err(format!("longer than {RECIPE_MAX_BYTES} bytes"));
     }
     let table: Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
-    known_keys(&table, &["version", "base", "calibration", "step"], "recipe")?;
+    known_keys(&table, &["version", "base", "calibration", "ratios", "step"], "recipe")?;
     match table.get("version") {
         Some(Value::Integer(RECIPE_VERSION)) => {}
         Some(other) => return Err(format!("version is {other}, this program reads {RECIPE_VERSION}")),
         None => return Err(format!("`version = {RECIPE_VERSION}` is missing")),
     }
     let base = table.get("base").map(|v| string(v, "base")).transpose()?;
+    let ratios = table.get("ratios").map(|v| string(v, "ratios")).transpose()?;
     let calibration = match table.get("calibration") {
         None => None,
         Some(Value::Table(t)) => Some(parse_calibration(t)?),
@@ -104,7 +107,7 @@ fn parse_table(text: &str) -> Result<Recipe, String> {
     if steps.is_empty() {
         return Err("no `[[step]]`: nothing to do".into());
     }
-    Ok(Recipe { base, calibration, steps })
+    Ok(Recipe { base, calibration, ratios, steps })
 }
 
 fn parse_calibration(t: &Table) -> Result<Calibration, String> {
@@ -126,16 +129,25 @@ fn parse_step(v: &Value) -> Result<Step, String> {
     let Value::Table(t) = v else { return Err("`step` must be an array of tables: `[[step]]`".into()) };
     let method = t.get("method").ok_or("`method` is missing in a [[step]]")?;
     let method = string(method, "method")?;
-    let params = t
-        .iter()
-        .filter(|(k, _)| *k != "method")
-        .map(|(k, v)| match v {
-            Value::Float(x) => Ok((k.clone(), *x)),
-            Value::Integer(x) => Ok((k.clone(), *x as f64)),
-            _ => Err(format!("parameter `{k}` of step `{method}` is {v}, not a number")),
-        })
-        .collect::<Result<_, _>>()?;
+    let mut params = Vec::new();
+    for (k, v) in t.iter().filter(|(k, _)| *k != "method") {
+        match v {
+            Value::Float(x) => params.push((k.clone(), *x)),
+            Value::Integer(x) => params.push((k.clone(), *x as f64)),
+            Value::String(text) if k == "pattern" => params.extend(pattern(text)?),
+            _ => return Err(format!("parameter `{k}` of step `{method}` is {v}, not a number")),
+        }
+    }
     Ok(Step { method, params })
+}
+
+/// `pattern = "2:4"` is short for the two numbers of a pattern, `keep = 2` and `of = 4`.
+pub fn pattern(text: &str) -> Result<[(String, f64); 2], String> {
+    let (keep, of) = match Pattern::parse(text)? {
+        Pattern::Free => (0, 0),
+        Pattern::Runs { keep, of } => (keep, of),
+    };
+    Ok([("keep".into(), keep as f64), ("of".into(), of as f64)])
 }
 
 fn string(v: &Value, key: &str) -> Result<String, String> {
@@ -174,6 +186,8 @@ mod tests {
         assert_eq!(r.calibration.unwrap(), Calibration { file: "text.txt".into(), tokens: Some(20000), seed: 0 });
         assert_eq!(r.steps[0], Step { method: "relu".into(), params: vec![] });
         assert_eq!(r.steps[1], Step { method: "teal".into(), params: vec![("sparsity".into(), 0.5)] });
+        let r = Recipe::parse(&GOOD.replace("sparsity = 0.5", "pattern = \"2:4\""), "r.toml").unwrap();
+        assert_eq!(r.steps[1].params, [("keep".into(), 2.0), ("of".into(), 4.0)]);
     }
 
     #[test]
@@ -183,6 +197,8 @@ mod tests {
         assert!(error(&GOOD.replace("version = 1", "version = 2")).contains("version is 2"));
         assert!(error(&GOOD.replace("0.5", "\"half\"")).contains("not a number"));
         assert!(error(&GOOD.replace("[[step]]", "[[stp]]")).contains("`stp`"));
+        assert!(error(&GOOD.replace("sparsity = 0.5", "pattern = \"2-4\"")).contains("such as 2:4"));
+        assert!(error(&GOOD.replace("base =", "ratio =")).contains("did you mean `ratios`"));
         assert!(error("version = 1").contains("nothing to do"));
         assert!(error("version = ").contains("line 1") || error("version = ").contains("TOML"));
         assert!(error(&" ".repeat(RECIPE_MAX_BYTES + 1)).contains("longer than"));

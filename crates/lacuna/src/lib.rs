@@ -5,6 +5,7 @@ pub mod cache;
 pub mod calibrate;
 pub mod chat;
 pub mod compare;
+pub mod compress;
 pub mod embedded;
 pub mod engine;
 pub mod error;

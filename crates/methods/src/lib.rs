@@ -7,6 +7,7 @@
 pub mod activations;
 pub mod decoding;
 pub mod registry;
+pub mod weights;
 
 mod common;
 mod prior;

@@ -6,6 +6,7 @@ use crate::activations::{
     stored_predictor::StoredPredictor, teal::Teal, topk::TopK, wina::Wina,
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
+use crate::weights::{gptq::Gptq, magnitude::Magnitude, random::Random, rtn::Rtn, sparsegpt::SparseGpt, wanda::Wanda};
 use lacuna_core::{
     method::{Method, MethodError, Params},
     recipe::{Step, parse_short},
@@ -32,6 +33,12 @@ pub static METHODS: &[&dyn Method] = &[
     &TokenRecycling,
     &SelfSpeculation,
     &Sirius,
+    &Magnitude,
+    &Random,
+    &Wanda,
+    &SparseGpt,
+    &Rtn,
+    &Gptq,
 ];
 
 /// A step with its method found and its parameters checked.

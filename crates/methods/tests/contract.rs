@@ -24,9 +24,9 @@ const TOKENS: usize = 500;
 const QUICK: (&str, f64) = ("epochs", 1.0);
 const BUDGETS: [f64; 6] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.95];
 
-/// The methods that plan entries: all but those of the decoding loop.
+/// The methods that plan entries: all but those of the decoding loop and those that change weights.
 fn skipping() -> impl Iterator<Item = &'static &'static dyn Method> {
-    METHODS.iter().filter(|m| m.site() != Site::Decoding)
+    METHODS.iter().filter(|m| !matches!(m.site(), Site::Decoding | Site::Weights))
 }
 
 fn layers() -> Vec<LayerShape> {

@@ -19,8 +19,12 @@ const ARCHITECTURES: &[&str] =
     &["llama", "mistral", "mixtral", "qwen", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox"];
 
 /// Methods whose name is also an everyday word of models, and that word.
-const SHARED_NAMES: &[(&str, &str)] =
-    &[("relu", "the activation function"), ("predictor", "the part of a plan that any method can fill")];
+const SHARED_NAMES: &[(&str, &str)] = &[
+    ("relu", "the activation function"),
+    ("predictor", "the part of a plan that any method can fill"),
+    ("magnitude", "the size of a number, which selectors compare"),
+    ("random", "what seeds and tests are"),
+];
 
 /// Packages at most that the program is built from on this machine, with every feature; each one is code that a user runs.
 /// The lock file has more: it also pins what only other systems, tests and fuzzing need.

@@ -46,7 +46,11 @@ fn site(m: &dyn Method) -> String {
 }
 
 fn usage(m: &dyn Method) -> String {
-    let flag = if m.site() == Site::Decoding { "--draft" } else { "--sparse" };
+    let flag = match m.site() {
+        Site::Decoding => "--draft",
+        Site::Weights => "compress --method",
+        _ => "--sparse",
+    };
     let value = m.params().first().map_or(String::new(), |p| format!("={}", p.default));
     format!("{flag} {}{value}", m.name())
 }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod compare;
+pub mod compress;
 pub mod demo;
 pub mod doctor;
 pub mod eval;

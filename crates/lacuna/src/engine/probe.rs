@@ -9,6 +9,7 @@ use super::{
     shared::Shared,
 };
 use crate::error::{Error, Result};
+use lacuna_core::observer::Observer;
 use std::sync::Arc;
 
 /// Runs single blocks.
@@ -63,6 +64,24 @@ impl Probe {
     /// # Errors
     /// No such layer, or rows that do not fit the model.
     pub fn block(&mut self, layer: usize, x: &[f32], rules: Option<&LayerPlan>) -> Result<&[f32]> {
+        self.run(layer, x, rules, &mut Nobody)
+    }
+
+    /// [`Probe::block`] without rules, showing the points of the block to `observer`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn observed(&mut self, layer: usize, x: &[f32], observer: &mut dyn Observer) -> Result<&[f32]> {
+        self.run(layer, x, None, observer)
+    }
+
+    fn run(
+        &mut self,
+        layer: usize,
+        x: &[f32],
+        rules: Option<&LayerPlan>,
+        observer: &mut dyn Observer,
+    ) -> Result<&[f32]> {
         let spec = &self.shared.model.spec;
         if layer >= spec.blocks.len() || x.is_empty() || !x.len().is_multiple_of(spec.width) {
             let problem = format!("{} numbers for block {layer} of width {}", x.len(), spec.width);
@@ -77,7 +96,7 @@ impl Probe {
             places: Places::following(&mut self.kv, 0, n),
             ws: &mut self.ws,
             counters: &mut self.counters,
-            observer: &mut Nobody,
+            observer,
             plan: Some(&self.plan),
             mode,
         };

@@ -18,8 +18,7 @@ const BUFFERS: [&str; 6] =
 /// # Errors
 /// Missing tensors, or shapes that do not fit the spec.
 pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash: String) -> Result<Model> {
-    let exists = |p: &&&str| source.has(&format!("{p}{}.weight", names.embed));
-    let prefix = names.prefixes.iter().find(exists).copied().unwrap_or(names.prefixes[0]);
+    let prefix = prefix(source, names);
     let b = Binder { source, names, spec: &spec, prefix };
     let embed = source.matrix(&format!("{prefix}{}.weight", names.embed), spec.vocab, spec.width)?;
     let positions = match spec.position {
@@ -40,6 +39,20 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
         tracing::warn!(file = source.file, count = unused.len(), first = unused[0], "tensors of the file are not used");
     }
     Ok(Model { embed, positions, blocks, final_norm, head, hash, spec })
+}
+
+/// Binds the tensors of block `i` alone.
+///
+/// # Errors
+/// As [`bind`].
+pub(crate) fn bind_block(source: &Source, names: &Names, spec: &Spec, i: usize) -> Result<Block> {
+    Binder { source, names, spec, prefix: prefix(source, names) }.block(i)
+}
+
+/// What stands before the names of everything but the head.
+pub(crate) fn prefix(source: &Source, names: &Names) -> &'static str {
+    let exists = |p: &&&str| source.has(&format!("{p}{}.weight", names.embed));
+    names.prefixes.iter().find(exists).copied().unwrap_or(names.prefixes[0])
 }
 
 struct Binder<'a> {

@@ -5,6 +5,7 @@ use super::bind::bind;
 use super::fields::Fields;
 use super::memory::{Demand, MemoryEstimate, tokenizer};
 use super::names::Names;
+use super::packed::{self, Scheme};
 use super::source::{Source, Stored};
 use super::spec::Spec;
 use super::validate::validate;
@@ -36,7 +37,7 @@ pub struct Checkpoint {
     pub spec: Spec,
     /// Its tensors.
     pub source: Source,
-    pub(super) names: &'static Names,
+    pub(crate) names: &'static Names,
     pub(super) tied: Option<bool>,
     pub(super) hash: String,
     pub(super) mode: LoadMode,
@@ -138,13 +139,11 @@ fn understand(
     let settings: Map<_, _> = config.keys().filter_map(|k| Some((k.to_owned(), config.get(k)?.clone()))).collect();
     let fields = Fields::new(file.display().to_string(), options.context, settings);
     let arch = arch::of_config(&fields)?;
-    if let Some(method) = fields.get("quantization_config").and_then(|q| q.get("quant_method")) {
-        return Err(fields.unsupported(format!("quantization_config with method {method}"), "; use a GGUF file"));
-    }
+    let scheme = Scheme::of(&fields)?;
     let spec = (arch.spec)(&fields)?;
     let files = files()?;
     let hash = files.hash(json);
-    let source = source_of(dir, &files);
+    let source = source_of(dir, &files, scheme)?;
     let tied = fields.flag_or("tie_word_embeddings", false)?.then_some(true).or_else(|| {
         let said = fields.get("tie_word_embeddings").is_some();
         said.then_some(false)
@@ -153,10 +152,19 @@ fn understand(
     Ok(Checkpoint { spec, source, names: arch.names, tied, hash, mode, check, tokenizer })
 }
 
-fn source_of(dir: &Path, files: &safetensors::Model) -> Source {
+/// The tensors of `files`; with a scheme, quantised ones too.
+///
+/// # Errors
+/// Codes and scales that do not belong together.
+pub(crate) fn source_of(dir: &Path, files: &safetensors::Model, scheme: Option<Scheme>) -> Result<Source> {
     let mut source = Source::new(dir.display().to_string(), BTreeMap::new());
     for name in files.names() {
         let Some((entry, bytes)) = files.get(name) else { continue };
+        if let Some(scheme) = scheme
+            && (packed::is_part(name) || packed::add(scheme, files, name, &mut source)?)
+        {
+            continue;
+        }
         match entry.dtype.format() {
             Some(format) => {
                 let shape = entry.shape.iter().map(|n| *n as usize).collect();
@@ -167,5 +175,5 @@ fn source_of(dir: &Path, files: &safetensors::Model) -> Source {
             }
         }
     }
-    source
+    Ok(source)
 }

@@ -5,7 +5,7 @@ use super::arch;
 use super::checkpoint::{Checkpoint, LoadOptions};
 use super::fields::Fields;
 use super::memory::tokenizer;
-use super::source::{Source, Stored};
+use super::source::{Original, Source, Stored};
 use crate::error::Result;
 use lacuna_core::format::gguf::{Gguf, TensorInfo, Value, decode_run, nearest};
 use lacuna_core::map::LoadMode;
@@ -85,7 +85,7 @@ fn tensors(file: &Gguf, path: &Path) -> Result<BTreeMap<String, Stored>> {
     for t in file.tensors() {
         let bytes = file.bytes(&t).map_err(|e| e.in_file(path))?;
         let format = nearest(t.kind, t.rows_cols().1).map_err(|e| e.in_item(t.name).in_file(path))?;
-        let from = Some(t.kind).filter(|k| k.format().is_none());
+        let from = Some(t.kind).filter(|k| k.format().is_none()).map(Original::Gguf);
         tensors.insert(t.name.to_owned(), Stored { format, shape: shape(&t), bytes, from });
     }
     Ok(tensors)

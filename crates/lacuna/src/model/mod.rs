@@ -22,6 +22,7 @@ pub mod mistral;
 pub mod mixtral;
 pub mod names;
 pub mod opt;
+pub mod packed;
 pub mod phi3;
 pub mod qwen2;
 pub mod qwen3;

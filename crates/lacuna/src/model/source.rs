@@ -1,5 +1,6 @@
 //! The named tensors of a model, whatever files they come from, and how parts of them become weights.
 
+use super::packed::Codes;
 use super::weights::Linear;
 use crate::error::{Error, Result};
 use lacuna_core::bytes::Bytes;
@@ -22,8 +23,27 @@ pub struct Stored {
     pub shape: Vec<usize>,
     /// Its bytes, usually a part of a mapped file.
     pub bytes: Bytes,
-    /// The type of `bytes` where no kernel has it: [`Source::load`] converts them to `format`.
-    pub from: Option<TensorType>,
+    /// What `bytes` are where no kernel reads them: [`Source::load`] converts them to `format`.
+    pub from: Option<Original>,
+}
+
+/// Stored forms that no kernel reads.
+#[derive(Clone, Debug)]
+pub enum Original {
+    /// A type of GGUF files.
+    Gguf(TensorType),
+    /// Codes of a quantised Hugging Face checkpoint.
+    Codes(Codes),
+}
+
+impl Original {
+    /// What messages call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Original::Gguf(kind) => kind.name(),
+            Original::Codes(codes) => codes.name(),
+        }
+    }
 }
 
 impl Stored {
@@ -41,7 +61,7 @@ impl Stored {
     /// Bytes it takes once it is loaded.
     pub fn loaded_bytes(&self) -> u64 {
         let (rows, cols) = self.rows_cols();
-        match (self.from, self.format.run_bytes(cols)) {
+        match (&self.from, self.format.run_bytes(cols)) {
             (Some(_), Some(run)) => (rows as u64).saturating_mul(run as u64),
             _ => self.bytes.len() as u64,
         }
@@ -51,11 +71,20 @@ impl Stored {
     fn in_memory(&self, file: &str, name: &str) -> Result<Bytes> {
         let bytes = self.bytes.in_memory().map_err(Error::io(file.as_ref()))?;
         self.bytes.release();
-        let Some(kind) = self.from else { return Ok(bytes) };
         let (rows, cols) = self.rows_cols();
-        let converted = convert_tensor(kind, &bytes, rows, cols);
-        let (_, bytes) = converted.map_err(|e| e.in_item(name).in_file(file))?;
-        Ok(bytes.into())
+        match &self.from {
+            None => Ok(bytes),
+            Some(Original::Gguf(kind)) => {
+                let converted = convert_tensor(*kind, &bytes, rows, cols);
+                let (_, bytes) = converted.map_err(|e| e.in_item(name).in_file(file))?;
+                Ok(bytes.into())
+            }
+            Some(Original::Codes(codes)) => {
+                let converted = codes.convert(&bytes, (rows, cols), self.format);
+                let wrong = |problem| Error::Config { file: file.into(), key: name.into(), problem };
+                Ok(converted.map_err(wrong)?.into())
+            }
+        }
     }
 }
 

@@ -1,0 +1,259 @@
+//! `lacuna compress`: prune and quantise a model into a smaller one.
+
+use super::eval::read_text;
+use crate::{
+    Outcome,
+    open::{self, Place},
+    table::Table,
+    text::{self, parse_bytes},
+};
+use anyhow::{Result, anyhow, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use lacuna::{
+    calibrate,
+    compress::{Calibration, DEFAULT_TOKENS, LayerReport, Progress, Report, Request, compress},
+    model::LoadOptions,
+};
+use lacuna_core::{
+    compress::Sight,
+    hash::sha256,
+    recipe::{Recipe, Step, parse_short, pattern},
+};
+use lacuna_methods::{
+    registry::{self, Resolved},
+    weights::ratios::Ratios,
+};
+use std::{
+    io::{IsTerminal, Write, stderr, stdout},
+    path::PathBuf,
+    time::Instant,
+};
+
+/// Arguments of `lacuna compress`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The model: a Hugging Face directory, a GGUF file or org/name; default: that of the recipe.
+    #[arg(value_name = "MODEL")]
+    place: Option<String>,
+    /// The model, as a flag.
+    #[arg(short, long, env = "LACUNA_MODEL", conflicts_with = "place")]
+    model: Option<String>,
+    /// The method (see `lacuna methods`), or several, one after the other: `wanda,gptq`.
+    #[arg(long, value_name = "NAMES", env = "LACUNA_METHOD", required_unless_present = "recipe")]
+    method: Option<String>,
+    /// Share of the weights to drop.
+    #[arg(long, value_name = "SHARE", env = "LACUNA_SPARSITY")]
+    sparsity: Option<f64>,
+    /// Where zeros lie: `unstructured`, or N:M such as `2:4`.
+    #[arg(long, env = "LACUNA_PATTERN")]
+    pattern: Option<String>,
+    /// Round to codes of this many bits.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=8), env = "LACUNA_BITS")]
+    bits: Option<u32>,
+    /// Columns that share a scale, 0: whole rows; default: the largest of 128, 64, 32 that divides all rows.
+    #[arg(long, env = "LACUNA_GROUP")]
+    group: Option<u32>,
+    /// How the share is spread over layers: uniform, erk, lamp or global.
+    #[arg(long, env = "LACUNA_RATIOS")]
+    ratios: Option<String>,
+    /// A recipe in TOML: model, text, ratios and methods with all their parameters.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "sparsity", "pattern", "bits", "group"], env = "LACUNA_RECIPE")]
+    recipe: Option<PathBuf>,
+    /// The calibration text; default: that of the recipe.
+    #[arg(short, long, env = "LACUNA_FILE")]
+    file: Option<PathBuf>,
+    /// Tokens to observe.
+    #[arg(short = 'n', long, env = "LACUNA_TOKENS")]
+    tokens: Option<usize>,
+    /// Decides which parts of a longer text are observed, and what is drawn.
+    #[arg(short, long, env = "LACUNA_SEED")]
+    seed: Option<u64>,
+    /// Where the result goes: a directory, or a file that ends in .gguf for a model that is one.
+    #[arg(short, long, value_name = "OUT", env = "LACUNA_OUTPUT")]
+    output: PathBuf,
+    /// Threads; default: all cores.
+    #[arg(short, long, env = "LACUNA_THREADS")]
+    threads: Option<usize>,
+    /// Residual streams of the text that take more than this are kept in a file.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "2G", env = "LACUNA_STREAMS_IN_MEMORY")]
+    streams_in_memory: u64,
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> Result<Outcome> {
+    let start = Instant::now();
+    let recipe = match &args.recipe {
+        Some(path) => Some(Recipe::parse(&read_text(path)?, &path.display().to_string())?),
+        None => None,
+    };
+    let base = recipe.as_ref().and_then(|r| r.base.clone());
+    let name = args.model.clone().or(args.place.clone()).or(base);
+    let place = Place::find(name.as_deref())?;
+    let Some(model) = place.path() else {
+        bail!("which model? The one inside the program is no file; name a directory, a GGUF file or org/name")
+    };
+    let steps = steps(&args, recipe.as_ref(), &place)?;
+    let ratios = args.ratios.as_ref().or(recipe.as_ref().and_then(|r| r.ratios.as_ref()));
+    let request = Request {
+        model: model.to_path_buf(),
+        output: args.output.clone(),
+        ratios: ratios.map_or(Ok(Ratios::Uniform), |r| Ratios::parse(r)).map_err(|e| anyhow!(e))?,
+        calibration: calibration(&args, recipe.as_ref(), &place, &steps)?,
+        steps,
+        seed: seed(&args, recipe.as_ref()),
+        threads: args.threads.unwrap_or(0),
+        streams_in_memory: args.streams_in_memory,
+    };
+    let bar = bar();
+    let mut out = stdout().lock();
+    writeln!(out, "{}", Header)?;
+    let mut failed = None;
+    let report = compress(&request, &mut |p| match p {
+        Progress::Block(done, all) => {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        }
+        Progress::Layer(layer) => {
+            let line = bar.suspend(|| writeln!(out, "{}", Line(layer)));
+            failed = line.err().or(failed.take());
+        }
+    })?;
+    bar.finish_and_clear();
+    if let Some(e) = failed {
+        return Err(e.into());
+    }
+    report.notes.iter().for_each(|n| eprintln!("note: {n}"));
+    write!(out, "{}", summary(&report, start))?;
+    writeln!(out, "{}", args.output.display())?;
+    Ok(Outcome::Good)
+}
+
+fn seed(args: &Args, recipe: Option<&Recipe>) -> u64 {
+    args.seed.or(recipe.and_then(|r| r.calibration.as_ref()).map(|c| c.seed)).unwrap_or(0)
+}
+
+/// The methods that the recipe or the flags name.
+fn steps(args: &Args, recipe: Option<&Recipe>, place: &Place) -> Result<Vec<Resolved>> {
+    let mut steps = match (recipe, &args.method) {
+        (Some(recipe), _) => recipe.steps.clone(),
+        (None, Some(names)) => parse_short(names)?,
+        (None, None) => bail!("which method? Give --method sparsegpt --sparsity 0.5, or --recipe FILE"),
+    };
+    let mut given: Vec<(&str, String, f64)> = Vec::new();
+    given.extend(args.sparsity.map(|s| ("--sparsity", "sparsity".into(), s)));
+    given.extend(args.bits.map(|b| ("--bits", "bits".into(), f64::from(b))));
+    given.extend(args.group.map(|g| ("--group", "group".into(), f64::from(g))));
+    if let Some(text) = &args.pattern {
+        let both = pattern(text).map_err(|e| anyhow!("--pattern: {e}"))?;
+        given.extend(both.into_iter().map(|(name, value)| ("--pattern", name, value)));
+    }
+    for (flag, name, value) in &given {
+        let mut taken = false;
+        for step in &mut steps {
+            if takes(step, name)? {
+                step.params.push((name.clone(), *value));
+                taken = true;
+            }
+        }
+        if !taken {
+            let able: Vec<_> = registry::METHODS
+                .iter()
+                .filter(|m| m.compressor().is_some() && m.params().iter().any(|p| p.name == name))
+                .map(|m| m.name())
+                .collect();
+            bail!("{flag}: no method here takes it; those that do are {} (--method NAME,NAME)", able.join(", "));
+        }
+    }
+    if let Some(group) = default_group(place, &steps)? {
+        for step in &mut steps {
+            if takes(step, "group")? && !step.params.iter().any(|p| p.0 == "group") {
+                step.params.push(("group".into(), group));
+            }
+        }
+    }
+    Ok(steps.iter().map(registry::resolve).collect::<Result<_, _>>()?)
+}
+
+fn takes(step: &Step, name: &str) -> Result<bool> {
+    Ok(registry::find(&step.method)?.params().iter().any(|p| p.name == name))
+}
+
+/// The largest usual group that divides the rows of all layers, where a step rounds; whole rows where none does.
+fn default_group(place: &Place, steps: &[Step]) -> Result<Option<f64>> {
+    let mut rounds = false;
+    for step in steps {
+        rounds |= takes(step, "group")?;
+    }
+    if !rounds {
+        return Ok(None);
+    }
+    let spec = place.open(&LoadOptions::default())?.spec;
+    let shapes = calibrate::layer_shapes(&spec);
+    let widths: Vec<usize> = shapes.iter().flat_map(|s| [Some(s.width), Some(s.query), s.mlp.as_ref().map(|m| m.inner)]).flatten().collect();
+    let group = [128, 64, 32].into_iter().find(|g| widths.iter().all(|w| w.is_multiple_of(*g)));
+    Ok(Some(group.unwrap_or(0) as f64))
+}
+
+/// The windows of the calibration text; none where no text is given.
+fn calibration(args: &Args, recipe: Option<&Recipe>, place: &Place, steps: &[Resolved]) -> Result<Option<Calibration>> {
+    let of_recipe = recipe.and_then(|r| r.calibration.as_ref());
+    let Some(file) = args.file.as_ref().or(of_recipe.map(|c| &c.file)) else { return Ok(None) };
+    let blind = steps.iter().all(|s| s.method.compressor().is_none_or(|c| c.sight(&s.params) == Sight::Nothing));
+    if blind {
+        eprintln!("note: these methods look at weights alone; {} is not read", file.display());
+        return Ok(None);
+    }
+    let checkpoint = place.open(&LoadOptions::default())?;
+    let tokenizer = open::tokenizer(place, &checkpoint)?;
+    let content = read_text(file)?;
+    let tokens = tokenizer.encode(&content, true)?;
+    let wanted = args.tokens.or(of_recipe.and_then(|c| c.tokens)).unwrap_or(DEFAULT_TOKENS);
+    let bos = tokenizer.special().bos.filter(|b| tokens.first() == Some(b));
+    let windows = calibrate::windows(&tokens, checkpoint.spec.context, wanted, seed(args, recipe), bos);
+    if windows.is_empty() {
+        bail!("{}: no text in it", file.display());
+    }
+    Ok(Some(Calibration { windows, sha256: sha256(content.as_bytes()), available: tokens.len() }))
+}
+
+fn bar() -> ProgressBar {
+    let bar = if stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("blocks {wide_bar} {pos}/{len} {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Titles of the lines that tell each finished layer.
+struct Header;
+
+impl std::fmt::Display for Header {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:<22} {:>13} {:>8} {:>12} {:>12}", "layer", "shape", "zeros", "weight error", "output error")
+    }
+}
+
+/// One finished layer.
+struct Line<'a>(&'a LayerReport);
+
+impl std::fmt::Display for Line<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let l = self.0;
+        let zeros = l.zeros as f64 / (l.outputs * l.inputs).max(1) as f64;
+        let output = l.output_error.map_or("-".into(), |e| format!("{e:.5}"));
+        let (name, shape) = (format!("layers.{}.{}", l.layer, l.proj), format!("{}x{}", l.outputs, l.inputs));
+        write!(f, "{name:<22} {shape:>13} {:>8} {:>12.5} {output:>12}", text::percent(zeros), l.weight_error)
+    }
+}
+
+fn summary(report: &Report, start: Instant) -> Table {
+    let mut table = Table::new(&["layers", "dropped:", "weights before:", "after:", "time:"]);
+    table.row([
+        report.layers.len().to_string(),
+        text::percent(report.sparsity()),
+        text::bytes(report.bytes.0),
+        text::bytes(report.bytes.1),
+        format!("{:.1} s", start.elapsed().as_secs_f64()),
+    ]);
+    table
+}

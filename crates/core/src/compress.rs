@@ -1,0 +1,144 @@
+//! The seam for methods of [`Site::Weights`](crate::site::Site::Weights): they change the stored weights, one linear layer
+//! at a time, and know nothing of the model around it.
+//!
+//! A driver shows a [`Compressor`] a [`Layer`] (its weights, what was seen of its inputs, what an earlier step decided) and
+//! gets back what it [`Changed`]. Which share a layer loses may be decided outside, by a ratio mechanism.
+
+use crate::method::{MethodError, Params};
+use lacuna_kernels::Pool;
+
+/// What a compressor must see of the vectors that enter a layer. Each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sight {
+    /// The weights are enough.
+    Nothing,
+    /// The squared norm of every input channel.
+    Norms,
+    /// The Gram matrix `X^T X`.
+    Gram,
+}
+
+/// What was seen of the inputs of a layer, over all calibration tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Inputs {
+    /// Tokens.
+    pub tokens: u64,
+    /// `sum over tokens of x_j^2`, one per input.
+    pub squares: Vec<f64>,
+    /// `X^T X`, `[inputs, inputs]`, symmetric, if it was asked for.
+    pub gram: Option<Vec<f64>>,
+}
+
+/// One linear layer `y = W x` that is to be compressed.
+#[derive(Clone, Copy)]
+pub struct Layer<'a> {
+    /// What messages call it, such as `layers.3.mlp.down`.
+    pub place: &'a str,
+    /// Rows of `W`.
+    pub outputs: usize,
+    /// Columns of `W`.
+    pub inputs: usize,
+    /// `W[outputs, inputs]`.
+    pub weight: &'a [f32],
+    /// Which entries an earlier step kept; the others are zero and stay zero. None: all.
+    pub kept: Option<&'a [bool]>,
+    /// What was seen of its inputs: at least what [`Compressor::sight`] asks for.
+    pub seen: Option<&'a Inputs>,
+    /// The share to drop, where it was decided outside of the method; otherwise its parameter `sparsity`.
+    pub sparsity: Option<f64>,
+    /// Seed for what is drawn, other for each layer.
+    pub seed: u64,
+    /// Threads.
+    pub pool: &'a Pool,
+}
+
+/// A quantised matrix: `w[r, c] = codes[r, c] * scales[r, c / group]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Codes {
+    /// Bits of a code: `-2^(bits-1) <= code < 2^(bits-1)`.
+    pub bits: u32,
+    /// Columns that share a scale; divides the number of columns.
+    pub group: usize,
+    /// `[outputs, inputs]`.
+    pub codes: Vec<i8>,
+    /// `[outputs, inputs / group]`; each is exact in F16 and in BF16.
+    pub scales: Vec<f32>,
+}
+
+/// What became of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Changed {
+    /// The new `W[outputs, inputs]`; with codes, exactly what they stand for.
+    pub weight: Vec<f32>,
+    /// Which entries are kept, if any were dropped by this step or an earlier one.
+    pub kept: Option<Vec<bool>>,
+    /// The weight in codes, if it was quantised.
+    pub codes: Option<Codes>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+/// Where zeros may lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// Anywhere.
+    Free,
+    /// Of every `of` consecutive columns of a row `keep` stay.
+    Runs {
+        /// Entries that stay.
+        keep: usize,
+        /// Entries of a run.
+        of: usize,
+    },
+}
+
+impl Pattern {
+    /// `unstructured`, or `N:M` (`2:4`: two of four stay).
+    ///
+    /// # Errors
+    /// What is wrong, as a sentence.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let bad = || format!("pattern `{text}` is neither `unstructured` nor N:M with 1 <= N < M <= 64, such as 2:4");
+        if text == "unstructured" {
+            return Ok(Self::Free);
+        }
+        let (keep, of) = text.split_once(':').ok_or_else(bad)?;
+        let (keep, of) = (keep.parse().map_err(|_| bad())?, of.parse().map_err(|_| bad())?);
+        if keep == 0 || keep >= of || of > 64 { Err(bad()) } else { Ok(Self::Runs { keep, of }) }
+    }
+
+    /// The pattern of the parameters `keep` and `of` of a method; `of` 0 means anywhere.
+    pub fn of(params: &Params) -> Self {
+        match (params.get("keep") as usize, params.get("of") as usize) {
+            (_, 0) => Self::Free,
+            (keep, of) => Self::Runs { keep, of },
+        }
+    }
+}
+
+/// A method that changes weights.
+pub trait Compressor: Sync {
+    /// What it must see.
+    fn sight(&self, params: &Params) -> Sight;
+
+    /// Compresses one layer. Equal input gives equal bits, at any number of threads.
+    ///
+    /// # Errors
+    /// Targets that cannot be met (with the nearest that can), weights that are not finite, a Gram matrix that cannot be
+    /// factored; all name the layer.
+    fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        assert_eq!(Pattern::parse("2:4"), Ok(Pattern::Runs { keep: 2, of: 4 }));
+        assert_eq!(Pattern::parse("unstructured"), Ok(Pattern::Free));
+        for bad in ["4:4", "0:4", "2", "a:b", "", "2:400", ":"] {
+            assert!(Pattern::parse(bad).unwrap_err().contains("2:4"), "{bad}");
+        }
+    }
+}

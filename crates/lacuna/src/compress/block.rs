@@ -1,0 +1,314 @@
+//! One block: run it, see the inputs of its layers, replace their weights.
+
+use super::{LayerReport, gram::Gather, hidden::Hidden};
+use crate::{
+    calibrate::layer_shapes,
+    engine::{Engine, KvType, Options, probe::Probe},
+    error::{Error, Result},
+    model::{
+        Model,
+        spec::Spec,
+        weights::{Block, Linear},
+    },
+};
+use lacuna_core::{
+    compress::{Changed, Inputs, Layer, Sight},
+    method::{LayerShape, MethodError},
+    site::{Point, Proj},
+    weight::{Orientation, Weight},
+};
+use lacuna_kernels::{
+    Format, Matrix, Pool,
+    convert::decode_run,
+    gemm,
+};
+use lacuna_methods::registry::Resolved;
+use std::{collections::BTreeMap, sync::Arc};
+
+/// A model of one block, ready to run.
+pub struct Runner {
+    engine: Engine,
+}
+
+impl Runner {
+    /// `block` alone, as block `layer` of `model`.
+    ///
+    /// # Errors
+    /// As the engine's.
+    pub fn new(model: &Model, layer: usize, block: Block, threads: usize) -> Result<Self> {
+        let spec = Spec { blocks: vec![model.spec.blocks[layer].clone()], ..model.spec.clone() };
+        let one = Model { spec, blocks: vec![block], ..model.clone() };
+        let options = Options { threads, kv: KvType::F32, ..Options::default() };
+        Ok(Self { engine: Engine::new(Arc::new(one), options)? })
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Pool {
+        self.engine.pool()
+    }
+
+    /// What the embedding makes of a window.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        Probe::new(&self.engine).embed(tokens)
+    }
+
+    /// What the block makes of a residual stream.
+    ///
+    /// # Errors
+    /// Rows that do not fit.
+    pub fn run(&self, x: &[f32]) -> Result<Vec<f32>> {
+        Ok(Probe::new(&self.engine).block(0, x, None)?.to_vec())
+    }
+
+    /// Runs all of `hidden` and gathers the inputs of `projs` (their observed names); `layer` is for messages.
+    ///
+    /// # Errors
+    /// A number that is not finite.
+    pub fn observe(&self, layer: usize, hidden: &mut Hidden, projs: &[(Proj, usize)], gram: bool) -> Result<BTreeMap<Proj, Inputs>> {
+        let points = projs.iter().map(|(proj, n)| (Point::Input { layer: 0, proj: *proj }, *n));
+        let mut gather = Gather::new(self.pool(), points, gram);
+        let mut probe = Probe::new(&self.engine);
+        for i in 0..hidden.len() {
+            probe.observed(0, &hidden.get(i)?, &mut gather)?;
+            if let Some((Point::Input { proj, .. }, value)) = gather.broken {
+                let token = gather.seen.iter().map(|s| s.1.tokens).max().unwrap_or(0);
+                return Err(MethodError::NonFinite { point: Point::Input { layer, proj }, value, token }.into());
+            }
+        }
+        let named = |(point, inputs): (Point, Inputs)| match point {
+            Point::Input { proj, .. } => Some((proj, inputs)),
+            _ => None,
+        };
+        Ok(gather.finish().into_iter().filter_map(named).collect())
+    }
+}
+
+/// What a block is compressed with.
+pub struct Task<'a> {
+    /// The model, whose blocks are not changed.
+    pub model: &'a Model,
+    /// Number of the block.
+    pub layer: usize,
+    /// The methods, one after the other.
+    pub steps: &'a [Resolved],
+    /// The share that each projection loses, where one is dropped.
+    pub shares: &'a BTreeMap<(usize, Proj), f64>,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Threads; 0: one per core.
+    pub threads: usize,
+}
+
+/// What became of a block.
+#[derive(Default)]
+pub struct Compressed {
+    /// By projection.
+    pub changed: BTreeMap<Proj, Changed>,
+    /// One per projection.
+    pub layers: Vec<LayerReport>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+impl Task<'_> {
+    fn sight(&self) -> Sight {
+        let of = |s: &Resolved| s.method.compressor().map(|c| c.sight(&s.params));
+        self.steps.iter().filter_map(of).max().unwrap_or(Sight::Nothing)
+    }
+
+    /// Compresses the block's projections, those that read one vector together. Gram matrices are gathered for one such
+    /// group at a time, with the groups before it already compressed. `done` is told each finished layer.
+    ///
+    /// # Errors
+    /// What a method says of a layer, numbers that are not finite.
+    pub fn run(&self, mut hidden: Option<&mut Hidden>, done: &mut dyn FnMut(&LayerReport)) -> Result<Compressed> {
+        let shape = &layer_shapes(&self.model.spec)[self.layer];
+        let mut block = self.model.blocks[self.layer].clone();
+        let mut runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
+        let mut out = Compressed::default();
+        let groups = groups(shape);
+        let width = |proj: Proj| shape.projection(proj).map_or(0, |p| p.1);
+        let all: Vec<_> = groups.iter().map(|g| (g[0], width(g[0]))).collect();
+        let mut seen = match (&mut hidden, self.sight()) {
+            (Some(hidden), Sight::Norms) => runner.observe(self.layer, hidden, &all, false)?,
+            _ => BTreeMap::new(),
+        };
+        for (group, observed) in groups.iter().zip(&all) {
+            if let (Some(hidden), Sight::Gram) = (&mut hidden, self.sight()) {
+                if !out.changed.is_empty() {
+                    runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
+                }
+                seen = runner.observe(self.layer, hidden, &[*observed], true)?;
+            }
+            for proj in group {
+                let Some(linear) = block.linear_mut(*proj) else { continue };
+                let (changed, report) = self.layer(*proj, linear, seen.get(&observed.0), runner.pool())?;
+                linear.weight = replaced(&changed, linear);
+                out.notes.extend(changed.notes.iter().cloned());
+                done(&report);
+                out.layers.push(report);
+                out.changed.insert(*proj, changed);
+            }
+        }
+        Ok(out)
+    }
+
+    fn layer(&self, proj: Proj, linear: &Linear, seen: Option<&Inputs>, pool: &Pool) -> Result<(Changed, LayerReport)> {
+        let place = format!("layers.{}.{proj}", self.layer);
+        let dense = decoded(&linear.weight);
+        let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
+        let mut now = Changed { weight: dense.clone(), kept: None, codes: None, notes: Vec::new() };
+        for step in self.steps {
+            let Some(compressor) = step.method.compressor() else { continue };
+            let layer = Layer {
+                place: &place,
+                outputs,
+                inputs,
+                weight: &now.weight,
+                kept: now.kept.as_deref(),
+                seen,
+                sparsity: self.shares.get(&(self.layer, proj)).copied(),
+                seed: self.seed.wrapping_add(((self.layer as u64) << 8 | proj as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+                pool,
+            };
+            let next = compressor.compress(&step.params, &layer)?;
+            let notes = now.notes.into_iter().chain(next.notes).collect();
+            now = Changed { notes, ..next };
+        }
+        if let Some(bad) = now.weight.iter().position(|w| !w.is_finite()) {
+            let reason = format!("the new weight at row {}, column {} is {}", bad / inputs, bad % inputs, now.weight[bad]);
+            return Err(Error::Method(MethodError::Layer { place, reason }));
+        }
+        if now.codes.is_none() {
+            now.weight = rounded(&now.weight, linear.weight.format());
+        }
+        let dropped = match &now.kept {
+            Some(kept) => kept.iter().filter(|k| !**k).count(),
+            None => 0,
+        };
+        let report = LayerReport {
+            layer: self.layer,
+            proj: proj.name().into(),
+            outputs,
+            inputs,
+            dropped: dropped as u64,
+            zeros: now.weight.iter().filter(|w| **w == 0.0).count() as u64,
+            weight_error: relative(&dense, &now.weight, None, inputs),
+            output_error: seen.map(|s| output_error(pool, s, &dense, &now.weight, inputs)),
+        };
+        Ok((now, report))
+    }
+}
+
+/// Projections that read the same vector, in the order of the forward pass; the first is the one it is observed as.
+fn groups(shape: &LayerShape) -> Vec<Vec<Proj>> {
+    let mut groups: Vec<Vec<Proj>> = Vec::new();
+    for proj in Proj::ALL.into_iter().filter(|p| shape.projection(*p).is_some()) {
+        match groups.iter_mut().find(|g| shape.observed_as(g[0]) == shape.observed_as(proj)) {
+            Some(group) => group.push(proj),
+            None => groups.push(vec![proj]),
+        }
+    }
+    groups
+}
+
+/// `W[outputs, inputs]`.
+pub fn decoded(weight: &Weight) -> Vec<f32> {
+    let (m, outputs, inputs) = (weight.matrix(), weight.outputs(), weight.inputs());
+    let mut all = vec![0.0; outputs * inputs];
+    match weight.orientation() {
+        Orientation::OutputMajor => {
+            (0..outputs).for_each(|r| decode_run(m.format(), m.row(r), &mut all[r * inputs..][..inputs]));
+        }
+        Orientation::InputMajor => {
+            let mut run = vec![0.0; outputs];
+            for c in 0..inputs {
+                decode_run(m.format(), m.row(c), &mut run);
+                (0..outputs).for_each(|r| all[r * inputs + c] = run[r]);
+            }
+        }
+    }
+    all
+}
+
+/// The numbers that a format holds.
+fn rounded(values: &[f32], format: Format) -> Vec<f32> {
+    let mut out = vec![0.0; values.len()];
+    decode_run(format, &super::tensors::numbers(format, values), &mut out);
+    out
+}
+
+/// The weight that stands in for a compressed one while the rest of the block is observed.
+fn replaced(changed: &Changed, linear: &Linear) -> Weight {
+    let format = if changed.codes.is_some() { Format::F32 } else { linear.weight.format() };
+    let bytes = super::tensors::numbers(format, &changed.weight);
+    let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
+    Weight::new(format, Orientation::OutputMajor, outputs, inputs, bytes.into()).expect("as many numbers as before")
+}
+
+/// `sum s_j (a_ij - b_ij)^2 / sum s_j a_ij^2`.
+fn relative(a: &[f32], b: &[f32], squares: Option<&[f64]>, inputs: usize) -> f64 {
+    let (mut lost, mut all) = (0.0, 0.0);
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        let s = squares.map_or(1.0, |s| s[i % inputs]);
+        lost += s * f64::from(a - b).powi(2);
+        all += s * f64::from(*a).powi(2);
+    }
+    if all > 0.0 { lost / all } else { 0.0 }
+}
+
+/// Rows that errors of outputs are measured on at most, evenly spread.
+const ERROR_ROWS: usize = 256;
+
+/// `||(A - B) X^T||^2 / ||A X^T||^2` by the Gram matrix, over at most 256 rows; without one, as if inputs were not
+/// correlated.
+fn output_error(pool: &Pool, seen: &Inputs, a: &[f32], b: &[f32], inputs: usize) -> f64 {
+    let Some(gram) = &seen.gram else { return relative(a, b, Some(&seen.squares), inputs) };
+    let step = (a.len() / inputs).div_ceil(ERROR_ROWS).max(1);
+    let rows = |x: &[f32]| x.chunks_exact(inputs).step_by(step).flatten().copied().collect::<Vec<f32>>();
+    let (a, b) = (rows(a), rows(b));
+    let difference: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+    let most = seen.squares.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    let bytes: Vec<u8> = gram.iter().flat_map(|g| ((g / most) as f32).to_le_bytes()).collect();
+    let w = Matrix::new(Format::F32, inputs, inputs, &bytes).expect("a square matrix");
+    let energy = |x: &[f32]| {
+        let mut input = gemm::Input::new();
+        input.prepare(pool, x, x.len() / inputs, inputs, &[Format::F32]);
+        let mut y = vec![0.0; x.len()];
+        gemm::run(pool, &mut [gemm::Job { w, x: &input, y: &mut y, accumulate: false }]);
+        x.iter().zip(&y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
+    };
+    let all = energy(&a);
+    if all > 0.0 { (energy(&difference) / all).max(0.0) } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_core::method::MlpShape;
+
+    #[test]
+    fn groups_follow_what_is_observed_together() {
+        let mlp = |gated| MlpShape { inner: 4, gated, activation: "silu".into(), exact_zeros: false };
+        let shape = |mlp| LayerShape { width: 2, query: 2, kv: 2, mlp };
+        use Proj::{Down, Gate, K, O, Q, Up, V};
+        assert_eq!(groups(&shape(Some(mlp(true)))), [vec![Q, K, V], vec![O], vec![Gate, Up], vec![Down]]);
+        assert_eq!(groups(&shape(Some(mlp(false)))), [vec![Q, K, V], vec![O], vec![Up], vec![Down]]);
+        assert_eq!(groups(&shape(None)), [vec![Q, K, V], vec![O]]);
+    }
+
+    #[test]
+    fn errors_by_gram_and_by_norms() {
+        let pool = Pool::new(1);
+        let (a, b) = ([1.0, 2.0, 3.0, -1.0], [1.0, 0.0, 3.0, -1.0]);
+        let mut seen = Inputs { tokens: 2, squares: vec![5.0, 2.0], gram: Some(vec![5.0, 1.0, 1.0, 2.0]) };
+        // Lost: 2 * 2^2. All: [1 2] and [3 -1] through the matrix, 5 + 4 + 8 and 45 - 6 + 2.
+        assert!((output_error(&pool, &seen, &a, &b, 2) - 8.0 / 58.0).abs() < 1e-6);
+        seen.gram = None;
+        assert!((output_error(&pool, &seen, &a, &b, 2) - 8.0 / (13.0 + 47.0)).abs() < 1e-12);
+        assert_eq!(relative(&a, &b, None, 2), 4.0 / 15.0);
+    }
+}

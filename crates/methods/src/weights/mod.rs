@@ -1,0 +1,11 @@
+//! Methods that change stored weights, one linear layer at a time, through [`lacuna_core::compress::Compressor`].
+
+pub mod gptq;
+pub mod magnitude;
+pub mod random;
+pub mod rtn;
+pub mod sparsegpt;
+pub mod wanda;
+
+pub mod ratios;
+mod tools;

@@ -1,0 +1,137 @@
+//! The factor that the column sweep needs: the upper triangular `U` with `(H + damping)^-1 = U^T U`.
+//!
+//! The published codes invert `H` and factor the inverse again. The same `U` is the inverse of the upper triangular `R`
+//! with `H = R R^T`, and `R` is the ordinary Cholesky factor of `H` with rows and columns in reverse order: one
+//! factorisation and one triangular inverse, in double precision.
+
+use super::refuse;
+use faer::{
+    Mat, Par,
+    dyn_stack::{MemBuffer, MemStack},
+    linalg::{cholesky::llt::factor, triangular_inverse},
+};
+use lacuna_core::{
+    compress::{Inputs, Layer},
+    method::MethodError,
+};
+
+/// Damping that is tried one after the other, as a share of the mean of the diagonal.
+const DAMPING: [f64; 3] = [0.01, 0.1, 1.0];
+
+/// A factored Gram matrix.
+pub struct Factor {
+    /// `U[inputs, inputs]`, upper triangular, row after row.
+    pub upper: Vec<f32>,
+    /// Inputs that were never anything but zero.
+    pub dead: Vec<bool>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+/// The Gram matrix and everything else that was seen of a layer's inputs.
+///
+/// # Errors
+/// Nothing was seen, or numbers that are not finite.
+pub fn seen<'a>(layer: &Layer<'a>) -> Result<(&'a Inputs, &'a [f64]), MethodError> {
+    let Some((inputs, gram)) = layer.seen.and_then(|s| Some((s, s.gram.as_deref()?))) else {
+        return refuse(layer, "nothing was seen of its inputs; give a calibration text (-f FILE)");
+    };
+    let n = layer.inputs;
+    if let Some(j) = (0..n).find(|j| !gram[j * n + j].is_finite()) {
+        return refuse(
+            layer,
+            format!("the squares of its input {j} do not add up to a finite number; the model overflows on this text"),
+        );
+    }
+    Ok((inputs, gram))
+}
+
+/// Factors what was seen of the inputs of `layer`.
+///
+/// # Errors
+/// As [`seen`]; a matrix that cannot be factored even with the largest damping.
+pub fn factor(layer: &Layer<'_>) -> Result<Factor, MethodError> {
+    let (inputs, gram) = seen(layer)?;
+    let n = layer.inputs;
+    let dead: Vec<bool> = (0..n).map(|j| gram[j * n + j] <= 0.0).collect();
+    let diagonal = |j: usize| if dead[j] { 1.0 } else { gram[j * n + j] };
+    let mean = (0..n).map(diagonal).sum::<f64>() / n.max(1) as f64;
+    let mut notes = Vec::new();
+    let count = dead.iter().filter(|d| **d).count();
+    if count > 0 {
+        notes.push(format!(
+            "{}: {count} of {n} inputs were zero for all tokens; their weights become zero",
+            layer.place
+        ));
+    }
+    for share in DAMPING {
+        let at = |i: usize, j: usize| if i == j { diagonal(i) + share * mean } else { gram[i * n + j] };
+        if let Some(upper) = upper(n, at) {
+            if share > DAMPING[0] {
+                notes.push(format!("{}: the Gram matrix needed damping of {share} of its mean diagonal", layer.place));
+            }
+            return Ok(Factor { upper, dead, notes });
+        }
+    }
+    let tokens = inputs.tokens;
+    refuse(
+        layer,
+        format!(
+            "the Gram matrix of its {n} inputs over {tokens} tokens is singular even with damping; use more calibration tokens (--tokens), or a method that needs no factor, such as wanda or rtn"
+        ),
+    )
+}
+
+/// `U` for the positive definite `at`; `None` if it is none.
+fn upper(n: usize, at: impl Fn(usize, usize) -> f64) -> Option<Vec<f32>> {
+    let mut a = Mat::from_fn(n, n, |i, j| if i >= j { at(n - 1 - i, n - 1 - j) } else { 0.0 });
+    let par = Par::rayon(0);
+    let mut buffer = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, Default::default()));
+    let stack = MemStack::new(&mut buffer);
+    factor::cholesky_in_place(a.as_mut(), Default::default(), par, stack, Default::default()).ok()?;
+    let mut inverse = Mat::<f64>::zeros(n, n);
+    triangular_inverse::invert_lower_triangular(inverse.as_mut(), a.as_ref(), par);
+    drop(a);
+    let mut out = vec![0.0_f32; n * n];
+    for i in 0..n {
+        for j in i..n {
+            out[i * n + j] = inverse[(n - 1 - i, n - 1 - j)] as f32;
+        }
+    }
+    (0..n).all(|i| out[i * n + i].is_finite() && out[i * n + i] > 0.0).then_some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::normal;
+
+    #[test]
+    fn inverse_is_the_product_of_the_factor() {
+        for n in [1, 2, 7, 65] {
+            let x = normal(n as u64, 3 * n * n);
+            let gram = |i: usize, j: usize| {
+                let sum: f64 = (0..3 * n).map(|t| f64::from(x[t * n + i]) * f64::from(x[t * n + j])).sum();
+                sum + if i == j { 0.5 } else { 0.0 }
+            };
+            let u = upper(n, gram).unwrap();
+            for i in 0..n {
+                for j in 0..n {
+                    // (U^T U H)[i, j]
+                    let inverse = |i: usize, k: usize| {
+                        (0..=i.min(k)).map(|m| f64::from(u[m * n + i]) * f64::from(u[m * n + k])).sum::<f64>()
+                    };
+                    let one: f64 = (0..n).map(|k| inverse(i, k) * gram(k, j)).sum();
+                    assert!((one - if i == j { 1.0 } else { 0.0 }).abs() < 1e-3, "{n} {i} {j} {one}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_positive_definite_has_no_factor() {
+        assert!(upper(2, |i, j| if i == j { 1.0 } else { 2.0 }).is_none());
+        assert!(upper(1, |_, _| f64::NAN).is_none());
+        assert!(upper(0, |_, _| 0.0).is_some());
+    }
+}

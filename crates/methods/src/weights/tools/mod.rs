@@ -1,0 +1,69 @@
+//! What the methods here share: which scores stay, grids of codes, the factor of a Gram matrix, the column sweep.
+
+pub mod factor;
+pub mod grid;
+pub mod rows;
+pub mod select;
+pub mod sweep;
+
+#[cfg(test)]
+pub mod testing;
+
+use lacuna_core::{
+    compress::Layer,
+    method::{MethodError, ParamSpec, Params},
+};
+use std::ops::Bound;
+
+/// The parameter of a pattern's runs: how many of each stay.
+pub const KEEP: ParamSpec = ParamSpec {
+    name: "keep",
+    doc: "entries that stay of each run of a pattern (2 of 2:4); in recipes `pattern = \"2:4\"` sets both",
+    default: 0.0,
+    range: (Bound::Included(0.0), Bound::Included(63.0)),
+};
+
+/// The parameter of a pattern's runs: how long they are.
+pub const OF: ParamSpec = ParamSpec {
+    name: "of",
+    doc: "entries of each run of a pattern (4 of 2:4); 0: zeros lie anywhere",
+    default: 0.0,
+    range: (Bound::Included(0.0), Bound::Included(64.0)),
+};
+
+/// Columns that share a scale.
+pub const GROUP: ParamSpec = ParamSpec {
+    name: "group",
+    doc: "columns that share a scale; 0: whole rows",
+    default: 128.0,
+    range: (Bound::Included(0.0), Bound::Included(65536.0)),
+};
+
+/// Bits of a code; `default` is what the method takes by itself.
+pub const fn bits(doc: &'static str, low: f64, default: f64) -> ParamSpec {
+    ParamSpec { name: "bits", doc, default, range: (Bound::Included(low), Bound::Included(8.0)) }
+}
+
+/// The share to drop of a layer.
+pub fn share(params: &Params, layer: &Layer<'_>) -> f64 {
+    layer.sparsity.unwrap_or_else(|| params.get("sparsity"))
+}
+
+/// An error that names the layer.
+pub fn refuse<T>(layer: &Layer<'_>, reason: impl Into<String>) -> Result<T, MethodError> {
+    Err(MethodError::Layer { place: layer.place.into(), reason: reason.into() })
+}
+
+/// That all weights are finite numbers.
+///
+/// # Errors
+/// The first that is not, by row and column.
+pub fn check_finite(layer: &Layer<'_>) -> Result<(), MethodError> {
+    match layer.weight.iter().position(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(i) => {
+            let (row, column) = (i / layer.inputs, i % layer.inputs);
+            refuse(layer, format!("the weight at row {row}, column {column} is {}", layer.weight[i]))
+        }
+    }
+}
