@@ -211,3 +211,57 @@ fn a_matrix_that_cannot_be_factored_is_told_and_never_replaced() {
         }
     }
 }
+
+/// The generator of `tools/weights_reference.py`.
+fn stream(seed: u64, n: usize) -> Vec<f32> {
+    let mut s = seed;
+    let mut next = || {
+        s = s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (s >> 40) as f64 / f64::from(1 << 24) - 0.5
+    };
+    (0..n).map(|_| (next() + next() + next()) as f32).collect()
+}
+
+/// Masks and weights of the published formulas, by an independent program (`tools/weights_reference.py`).
+#[test]
+fn wanda_and_sparsegpt_agree_with_the_published_formulas() {
+    const REFERENCE: &str = include_str!("weights_reference.txt");
+    let (rows, columns, tokens) = (6, 160, 400);
+    let noise: Vec<f64> = stream(2, tokens * columns).into_iter().map(f64::from).collect();
+    let x: Vec<f64> = (0..tokens * columns)
+        .map(|i| {
+            let (t, j) = (i / columns, i % columns);
+            (noise[i] + 0.7 * noise[t * columns + (j + 1) % columns]) * (0.3 + (j * 7 % 11) as f64 / 5.0)
+        })
+        .collect();
+    let entry = |i: usize| x.chunks_exact(columns).map(|r| r[i / columns] * r[i % columns]).sum::<f64>();
+    let gram: Vec<f64> = (0..columns * columns).map(entry).collect();
+    let squares = (0..columns).map(|j| gram[j * columns + j]).collect();
+    let seen = Inputs { tokens: tokens as u64, squares, gram: Some(gram) };
+    let case = Case { outputs: rows, inputs: columns, weight: stream(1, rows * columns), seen };
+    let pool = Pool::new(2);
+    let line = |name: &str, kind: &str| -> Vec<&str> {
+        let found = REFERENCE.lines().find_map(|l| l.strip_prefix(&format!("{name} {kind} ")));
+        found.expect("a line of the reference").split(' ').collect()
+    };
+    let numbers = |name: &str, kind: &str| -> Vec<f64> { line(name, kind).iter().map(|v| v.parse().unwrap()).collect() };
+    for (name, given) in [("half", &[("sparsity", 0.5)][..]), ("two-of-four", &[("keep", 2.0), ("of", 4.0)])] {
+        for method in ["wanda", "sparsegpt"] {
+            let m = METHODS.iter().find(|m| m.name() == method).unwrap();
+            let out = run(*m, given, &case.layer(&pool)).unwrap();
+            let masks: Vec<String> = out
+                .kept
+                .unwrap()
+                .chunks_exact(columns)
+                .map(|r| r.iter().map(|k| if *k { '1' } else { '0' }).collect())
+                .collect();
+            assert_eq!(masks, line(name, method), "{method} {name}");
+            if method == "sparsegpt" {
+                let sums = out.weight.chunks_exact(columns).map(|r| r.iter().map(|w| f64::from(*w)).sum::<f64>());
+                assert!(sums.zip(numbers(name, "sums")).all(|(a, b)| (a - b).abs() < 1e-4), "{name}");
+                let last = out.weight[columns - 24..columns].iter().zip(numbers(name, "last"));
+                assert!(last.into_iter().all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5), "{name}");
+            }
+        }
+    }
+}

@@ -14,9 +14,6 @@ mod output;
 mod store;
 mod tensors;
 
-#[cfg(test)]
-mod tests;
-
 use crate::{
     error::{Error, Result},
     model::{
@@ -398,7 +395,7 @@ impl<'a> Plan<'a> {
         if experts {
             notes.push("experts and their router are left as they are: only the attention was compressed".into());
         }
-        if let (Some((3, _)), _) | (Some((5..=7, _)), _) = (self.grid, ()) {
+        if matches!(self.grid, Some((3 | 5..=7, _))) {
             notes.push("codes of 3 bits take 4 bits in the file, those of 5 to 7 take 8".into());
         }
         notes
