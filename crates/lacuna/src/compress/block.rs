@@ -129,7 +129,9 @@ impl Task<'_> {
         let mut block = self.model.blocks[self.layer].clone();
         let mut runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
         let mut out = Compressed::default();
-        let groups = groups(shape);
+        let mut groups = groups(shape);
+        // Experts are not reached.
+        groups.retain(|g| block.linear(g[0]).is_some());
         let width = |proj: Proj| shape.projection(proj).map_or(0, |p| p.1);
         let all: Vec<_> = groups.iter().map(|g| (g[0], width(g[0]))).collect();
         let mut seen = match (&mut hidden, self.sight()) {
