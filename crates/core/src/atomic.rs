@@ -231,7 +231,10 @@ mod tests {
         replace_folder(&new, &path).unwrap();
         make(&new, "second");
         replace_folder(&new, &path).unwrap();
-        assert_eq!((fs::read(path.join("file")).unwrap(), names(dir.path())), (b"second".to_vec(), vec!["model".into()]));
+        assert_eq!(
+            (fs::read(path.join("file")).unwrap(), names(dir.path())),
+            (b"second".to_vec(), vec!["model".into()])
+        );
         make(&new, "third");
         swap_in_steps(&new, &path).unwrap();
         assert_eq!(fs::read(path.join("file")).unwrap(), b"third");

@@ -244,7 +244,8 @@ fn wanda_and_sparsegpt_agree_with_the_published_formulas() {
         let found = REFERENCE.lines().find_map(|l| l.strip_prefix(&format!("{name} {kind} ")));
         found.expect("a line of the reference").split(' ').collect()
     };
-    let numbers = |name: &str, kind: &str| -> Vec<f64> { line(name, kind).iter().map(|v| v.parse().unwrap()).collect() };
+    let numbers =
+        |name: &str, kind: &str| -> Vec<f64> { line(name, kind).iter().map(|v| v.parse().unwrap()).collect() };
     for (name, given) in [("half", &[("sparsity", 0.5)][..]), ("two-of-four", &[("keep", 2.0), ("of", 4.0)])] {
         for method in ["wanda", "sparsegpt"] {
             let m = METHODS.iter().find(|m| m.name() == method).unwrap();

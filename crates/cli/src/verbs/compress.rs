@@ -189,7 +189,8 @@ fn default_group(place: &Place, steps: &[Step]) -> Result<Option<f64>> {
     }
     let spec = place.open(&LoadOptions::default())?.spec;
     let shapes = calibrate::layer_shapes(&spec);
-    let widths: Vec<usize> = shapes.iter().flat_map(|s| [Some(s.width), Some(s.query), s.mlp.as_ref().map(|m| m.inner)]).flatten().collect();
+    let widths: Vec<usize> =
+        shapes.iter().flat_map(|s| [Some(s.width), Some(s.query), s.mlp.as_ref().map(|m| m.inner)]).flatten().collect();
     let group = [128, 64, 32].into_iter().find(|g| widths.iter().all(|w| w.is_multiple_of(*g)));
     Ok(Some(group.unwrap_or(0) as f64))
 }

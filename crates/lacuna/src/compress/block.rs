@@ -17,11 +17,7 @@ use lacuna_core::{
     site::{Point, Proj},
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{
-    Format, Matrix, Pool,
-    convert::decode_run,
-    gemm,
-};
+use lacuna_kernels::{Format, Matrix, Pool, convert::decode_run, gemm};
 use lacuna_methods::registry::Resolved;
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -67,7 +63,13 @@ impl Runner {
     ///
     /// # Errors
     /// A number that is not finite.
-    pub fn observe(&self, layer: usize, hidden: &mut Hidden, projs: &[(Proj, usize)], gram: bool) -> Result<BTreeMap<Proj, Inputs>> {
+    pub fn observe(
+        &self,
+        layer: usize,
+        hidden: &mut Hidden,
+        projs: &[(Proj, usize)],
+        gram: bool,
+    ) -> Result<BTreeMap<Proj, Inputs>> {
         let points = projs.iter().map(|(proj, n)| (Point::Input { layer: 0, proj: *proj }, *n));
         let mut gather = Gather::new(self.pool(), points, gram);
         let mut probe = Probe::new(&self.engine);
@@ -173,7 +175,9 @@ impl Task<'_> {
                 kept: now.kept.as_deref(),
                 seen,
                 sparsity: self.shares.get(&(self.layer, proj)).copied(),
-                seed: self.seed.wrapping_add(((self.layer as u64) << 8 | proj as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+                seed: self
+                    .seed
+                    .wrapping_add(((self.layer as u64) << 8 | proj as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
                 pool,
             };
             let next = compressor.compress(&step.params, &layer)?;
@@ -181,7 +185,8 @@ impl Task<'_> {
             now = Changed { notes, ..next };
         }
         if let Some(bad) = now.weight.iter().position(|w| !w.is_finite()) {
-            let reason = format!("the new weight at row {}, column {} is {}", bad / inputs, bad % inputs, now.weight[bad]);
+            let reason =
+                format!("the new weight at row {}, column {} is {}", bad / inputs, bad % inputs, now.weight[bad]);
             return Err(Error::Method(MethodError::Layer { place, reason }));
         }
         if now.codes.is_none() {

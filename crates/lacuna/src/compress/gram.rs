@@ -81,7 +81,8 @@ fn add(pool: &Pool, gram: &mut [f64], n: usize, x: &[f32]) {
     for (first, gram) in (0..n).step_by(ROWS).zip(gram.chunks_mut(ROWS * n)) {
         let (rows, behind) = (gram.len() / n, n - first);
         input.prepare(pool, &turned[first * tokens..][..rows * tokens], rows, tokens, &[Format::F32]);
-        let w = Matrix::new(Format::F32, behind, tokens, &bytes[4 * first * tokens..]).expect("all rows from the first on");
+        let w =
+            Matrix::new(Format::F32, behind, tokens, &bytes[4 * first * tokens..]).expect("all rows from the first on");
         product.resize(rows * behind, 0.0);
         gemm::run(pool, &mut [gemm::Job { w, x: &input, y: &mut product, accumulate: false }]);
         let parts: Vec<_> = gram.chunks_exact_mut(n).map(Mutex::new).collect();

@@ -105,7 +105,10 @@ mod tests {
                 h.set(i, x).unwrap();
             }
             h.set(1, &[7.0]).unwrap();
-            assert_eq!([h.get(0).unwrap(), h.get(1).unwrap(), h.get(2).unwrap()], [vec![1.0, 2.0, 3.0], vec![7.0], vec![5.0, 6.5]]);
+            assert_eq!(
+                [h.get(0).unwrap(), h.get(1).unwrap(), h.get(2).unwrap()],
+                [vec![1.0, 2.0, 3.0], vec![7.0], vec![5.0, 6.5]]
+            );
         }
         assert!(!path.exists());
     }

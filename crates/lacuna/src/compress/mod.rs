@@ -168,8 +168,14 @@ pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Re
                 found
             }
             None => {
-                let task =
-                    Task { model: &model, layer, steps: &request.steps, shares: &shares, seed: request.seed, threads: request.threads };
+                let task = Task {
+                    model: &model,
+                    layer,
+                    steps: &request.steps,
+                    shares: &shares,
+                    seed: request.seed,
+                    threads: request.threads,
+                };
                 let done = task.run(hidden.as_mut(), &mut |l| progress(Progress::Layer(l)))?;
                 let made = plan.tensors(layer, &checkpoint.source, &done);
                 work.add(layer, &made, done.layers, done.notes)?
@@ -249,7 +255,11 @@ impl<'a> Plan<'a> {
         if text.tokens() >= least {
             return Ok(());
         }
-        let why = if sight == Sight::Gram { format!("as many as the widest layer has inputs, {least}") } else { least.to_string() };
+        let why = if sight == Sight::Gram {
+            format!("as many as the widest layer has inputs, {least}")
+        } else {
+            least.to_string()
+        };
         let (tokens, available) = (text.tokens(), text.available);
         wrong(format!("{tokens} tokens (of {available} in the text) are too few: these methods need at least {why}"))
     }
@@ -268,8 +278,13 @@ impl<'a> Plan<'a> {
                     }
                     _ => continue,
                 };
-                let remedy = if kept { "; use a multiple of 32" } else { "; start from the F32, F16, BF16 or Q8_0 model" };
-                return Err(Error::Unsupported { file: self.request.model.display().to_string(), what, remedy: remedy.into() });
+                let remedy =
+                    if kept { "; use a multiple of 32" } else { "; start from the F32, F16, BF16 or Q8_0 model" };
+                return Err(Error::Unsupported {
+                    file: self.request.model.display().to_string(),
+                    what,
+                    remedy: remedy.into(),
+                });
             }
         }
         Ok(())
@@ -290,8 +305,7 @@ impl<'a> Plan<'a> {
             .collect();
         let weight = |i: usize| model.blocks[places[i].0].linear(places[i].1).map(|l| &l.weight);
         let size = |i: usize| weight(i).map_or((0, 0), |w| (w.outputs(), w.inputs()));
-        let sizes: Vec<Size> =
-            (0..places.len()).map(size).map(|(outputs, inputs)| Size { outputs, inputs }).collect();
+        let sizes: Vec<Size> = (0..places.len()).map(size).map(|(outputs, inputs)| Size { outputs, inputs }).collect();
         let weights = |i: usize| Ok::<_, String>(weight(i).map(decoded).unwrap_or_default());
         let shares = self.request.ratios.allocate(step.params.get("sparsity"), &sizes, weights).map_err(wrong)?;
         Ok(places.into_iter().zip(shares).collect())
@@ -328,7 +342,9 @@ impl<'a> Plan<'a> {
         let path = &self.request.output;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         match free_space(folder) {
-            Some(free) if free < needed => Err(lacuna_core::error::Error::Space { path: path.clone(), needed, free }.into()),
+            Some(free) if free < needed => {
+                Err(lacuna_core::error::Error::Space { path: path.clone(), needed, free }.into())
+            }
             _ => Ok(()),
         }
     }
@@ -352,7 +368,14 @@ impl<'a> Plan<'a> {
     }
 
     /// Runs a block with its new weights, as they were written, over all streams.
-    fn advance(&self, model: &Model, source: &Source, layer: usize, tensors: &Tensors, hidden: &mut Hidden) -> Result<()> {
+    fn advance(
+        &self,
+        model: &Model,
+        source: &Source,
+        layer: usize,
+        tensors: &Tensors,
+        hidden: &mut Hidden,
+    ) -> Result<()> {
         let mut overlay = self.overlay(source, layer, tensors)?;
         overlay.load(lacuna_core::map::LoadMode::Map)?;
         let block = bind_block(&overlay, self.names, &self.spec, layer)?;
@@ -379,7 +402,8 @@ impl<'a> Plan<'a> {
                 for home in homes {
                     let Some(entry) = tensors.get(&home.tensor) else { continue };
                     let stored = source.tensors.get(&home.tensor);
-                    let format = self.grid.map_or_else(|| stored.map_or(Format::F32, |s| s.format), |g| block_format(g.0));
+                    let format =
+                        self.grid.map_or_else(|| stored.map_or(Format::F32, |s| s.format), |g| block_format(g.0));
                     let shape = stored.map(|s| s.shape.clone()).unwrap_or_default();
                     all.insert(home.tensor.clone(), Stored::new(format, shape, tensors.bytes(entry)?));
                 }
@@ -407,7 +431,8 @@ fn grid(steps: &[Resolved]) -> Result<Option<(u32, usize)>> {
     let mut grid = None;
     for step in steps {
         let (method, name) = (step.method, step.method.name());
-        let refuse = |reason: &str| Err(MethodError::NotApplicable { method: name.into(), reason: reason.into() }.into());
+        let refuse =
+            |reason: &str| Err(MethodError::NotApplicable { method: name.into(), reason: reason.into() }.into());
         if method.compressor().is_none() {
             return refuse("it skips while the model runs and changes no weights; use `lacuna calibrate` or --sparse");
         }
@@ -424,4 +449,3 @@ fn grid(steps: &[Resolved]) -> Result<Option<(u32, usize)>> {
     }
     Ok(grid)
 }
-

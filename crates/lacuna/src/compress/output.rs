@@ -42,7 +42,9 @@ pub(super) fn check_place(request: &Request, target: Target) -> Result<()> {
     beside(path, "new")?;
     let gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     match (target, gguf) {
-        (Target::Gguf, false) => return wrong(format!("{shown}: a GGUF model becomes a GGUF file; end the name in .gguf")),
+        (Target::Gguf, false) => {
+            return wrong(format!("{shown}: a GGUF model becomes a GGUF file; end the name in .gguf"));
+        }
         (Target::HuggingFace, true) => {
             return wrong(format!("{shown}: a Hugging Face model becomes a directory; choose a name without .gguf"));
         }

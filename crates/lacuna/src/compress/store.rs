@@ -61,7 +61,10 @@ impl Work {
         let work = Self { dir, key: key.into() };
         let foreign = |l: usize| work.note_of(l).is_some_and(|n| n.key != work.key);
         if (0..).take_while(|l| work.note(*l).exists()).any(foreign) {
-            tracing::warn!("{}: finished blocks of another run (other model, recipe or text) are removed", work.dir.display());
+            tracing::warn!(
+                "{}: finished blocks of another run (other model, recipe or text) are removed",
+                work.dir.display()
+            );
             fs::remove_dir_all(&work.dir).and_then(|()| fs::create_dir_all(&work.dir)).map_err(Error::io(&work.dir))?;
         }
         Ok(work)

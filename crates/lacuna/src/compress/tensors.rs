@@ -3,7 +3,11 @@
 
 use super::{homes::Home, store::Finished};
 use half::f16;
-use lacuna_core::{compress::{Changed, Codes}, format::safetensors::Dtype, site::Proj};
+use lacuna_core::{
+    compress::{Changed, Codes},
+    format::safetensors::Dtype,
+    site::Proj,
+};
 use lacuna_kernels::{Format, convert::encode_run};
 use std::collections::BTreeMap;
 
@@ -116,8 +120,18 @@ fn codes<'a>(home: &Home, parts: impl Iterator<Item = (&'a Changed, &'a Vec<usiz
     let shape: Vec<u8> = [rows as i64, cols as i64].iter().flat_map(|n| n.to_le_bytes()).collect();
     let make = |end: &str, dtype, shape, data| Finished { name: format!("{base}{end}"), dtype, shape, data };
     vec![
-        make("_packed", Dtype::I32, vec![rows as u64, words], all.chunks_exact(cols).flat_map(|r| pack(r, bits)).collect()),
-        make("_scale", dtype, vec![rows as u64, groups as u64], numbers(dtype.format().unwrap_or(Format::F32), &scales)),
+        make(
+            "_packed",
+            Dtype::I32,
+            vec![rows as u64, words],
+            all.chunks_exact(cols).flat_map(|r| pack(r, bits)).collect(),
+        ),
+        make(
+            "_scale",
+            dtype,
+            vec![rows as u64, groups as u64],
+            numbers(dtype.format().unwrap_or(Format::F32), &scales),
+        ),
         make("_shape", Dtype::I64, vec![2], shape),
     ]
 }
@@ -166,9 +180,8 @@ mod tests {
             (Proj::Q, changed(vec![1.0, 2.0, 5.0, 6.0], None)),
             (Proj::K, changed(vec![3.0, 4.0], None)),
         ]);
-        let values = |f: &Finished| -> Vec<f32> {
-            f.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-        };
+        let values =
+            |f: &Finished| -> Vec<f32> { f.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
         let one = &finished(&home, &all, Format::F32, Target::HuggingFace)[0];
         assert_eq!((values(one), &one.shape[..]), (vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[3, 2][..]));
         home.transposed = true;
@@ -188,13 +201,8 @@ mod tests {
 
     #[test]
     fn blocks_of_a_gguf_file_hold_the_codes() {
-        let home = Home {
-            tensor: "w".into(),
-            outputs: 1,
-            inputs: 64,
-            transposed: false,
-            parts: vec![(Proj::Q, vec![0])],
-        };
+        let home =
+            Home { tensor: "w".into(), outputs: 1, inputs: 64, transposed: false, parts: vec![(Proj::Q, vec![0])] };
         let numbers: Vec<i8> = (0..64).map(|i| (i % 16) as i8 - 8).collect();
         let weight: Vec<f32> = numbers.iter().map(|c| f32::from(*c) * 0.5).collect();
         for bits in [4, 8] {

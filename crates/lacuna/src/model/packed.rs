@@ -51,14 +51,18 @@ impl Scheme {
         let refuse = |what: String| Err(fields.unsupported(what, remedy));
         let text = |key: &str| config.get(key).and_then(|v| v.as_str());
         if text("quant_method") != Some("compressed-tensors") {
-            return refuse(format!("quantization_config with method {}", config.get("quant_method").unwrap_or(&"".into())));
+            return refuse(format!(
+                "quantization_config with method {}",
+                config.get("quant_method").unwrap_or(&"".into())
+            ));
         }
         let format = text("format").unwrap_or_default();
         if !["pack-quantized", "int-quantized"].contains(&format) {
             return refuse(format!("compressed-tensors format `{}`", format.chars().take(60).collect::<String>()));
         }
         let groups = config.get("config_groups").and_then(|g| g.as_object());
-        let mut all = groups.into_iter().flat_map(|g| g.values()).map(|g| g.get("weights").unwrap_or(&serde_json::Value::Null));
+        let mut all =
+            groups.into_iter().flat_map(|g| g.values()).map(|g| g.get("weights").unwrap_or(&serde_json::Value::Null));
         let first = all.next().cloned().unwrap_or_default();
         if all.any(|w| *w != first) {
             return refuse("quantization_config with several kinds of weights".into());
@@ -76,9 +80,9 @@ impl Scheme {
 
 /// Whether `name` belongs to the codes of another tensor.
 pub(super) fn is_part(name: &str) -> bool {
-    ["_scale", "_shape", "_zero_point", "_g_idx"].iter().any(|end| {
-        name.strip_suffix(end).is_some_and(|n| n.ends_with(".weight"))
-    })
+    ["_scale", "_shape", "_zero_point", "_g_idx"]
+        .iter()
+        .any(|end| name.strip_suffix(end).is_some_and(|n| n.ends_with(".weight")))
 }
 
 /// Puts the quantised tensor whose codes are `name` into `source`, if it is one.
@@ -105,7 +109,11 @@ pub(super) fn add(scheme: Scheme, files: &safetensors::Model, name: &str, source
     let (scale, scales) = files.require(&format!("{weight}_scale"))?;
     let scale_format = scale.format()?;
     let (rows, width) = entry.matrix_shape()?;
-    let cols = if whole { width } else { columns(files, weight, rows).ok_or_else(|| bad("without a usable `weight_shape`".into()))? };
+    let cols = if whole {
+        width
+    } else {
+        columns(files, weight, rows).ok_or_else(|| bad("without a usable `weight_shape`".into()))?
+    };
     let bits = if whole { 8 } else { scheme.bits };
     let (scale_rows, groups) = scale.matrix_shape()?;
     let words = (cols as u64).checked_mul(u64::from(bits)).map(|n| n.div_ceil(32));
@@ -151,7 +159,12 @@ impl Codes {
     ///
     /// # Errors
     /// A scale that F16 cannot hold.
-    pub fn convert(&self, codes: &[u8], (rows, cols): (usize, usize), format: Format) -> std::result::Result<Vec<u8>, String> {
+    pub fn convert(
+        &self,
+        codes: &[u8],
+        (rows, cols): (usize, usize),
+        format: Format,
+    ) -> std::result::Result<Vec<u8>, String> {
         let mut scales = vec![0.0; rows * self.groups];
         decode_run(self.scale_format, &self.scales, &mut scales);
         if let Some(s) = scales.iter().find(|s| !(s.is_finite() && s.abs() <= f16::MAX.to_f32())) {

@@ -126,6 +126,9 @@ mod tests {
     fn many_bits_give_the_weights_back() {
         let case = Case::random(23, 8, 64, 200);
         let out = run(&Gptq, &[("bits", 8.0), ("group", 16.0)], &case.layer()).unwrap();
-        assert!(out.weight.iter().zip(&case.weight).all(|(a, b)| (a - b).abs() < 0.1), "steps of about 0.02, and what they push on");
+        assert!(
+            out.weight.iter().zip(&case.weight).all(|(a, b)| (a - b).abs() < 0.1),
+            "steps of about 0.02, and what they push on"
+        );
     }
 }
