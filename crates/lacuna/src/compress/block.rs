@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn groups_follow_what_is_observed_together() {
         let mlp = |gated| MlpShape { inner: 4, gated, activation: "silu".into(), exact_zeros: false };
-        let shape = |mlp| LayerShape { width: 2, query: 2, kv: 2, mlp };
+        let shape = |mlp| LayerShape { width: 2, query: 2, kv: 2, mlp, experts: None };
         use Proj::{Down, Gate, K, O, Q, Up, V};
         assert_eq!(groups(&shape(Some(mlp(true)))), [vec![Q, K, V], vec![O], vec![Gate, Up], vec![Down]]);
         assert_eq!(groups(&shape(Some(mlp(false)))), [vec![Q, K, V], vec![O], vec![Up], vec![Down]]);
