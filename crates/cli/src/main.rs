@@ -40,6 +40,8 @@ enum Verb {
     Run(verbs::run::Args),
     /// Talk with a model through its own chat template.
     Chat(verbs::chat::Args),
+    /// Serve a model and its plans: an OpenAI-compatible API, and a page.
+    Serve(verbs::serve::Args),
     /// Measure prompt processing (pp), generation (tg) and their depth, in llama-bench's form.
     Bench(verbs::bench::Args),
     /// Measure quality on a text: perplexity, or the divergence from a dense base.
@@ -91,6 +93,7 @@ fn run(cli: Cli) -> Result<Outcome> {
         None => verbs::demo::run(),
         Some(Verb::Run(a)) => verbs::run::run(a),
         Some(Verb::Chat(a)) => verbs::chat::run(a),
+        Some(Verb::Serve(a)) => verbs::serve::run(a),
         Some(Verb::Bench(a)) => verbs::bench::run(a),
         Some(Verb::Eval(a)) => verbs::eval::run(a),
         Some(Verb::Compare(a)) => verbs::compare::run(a),

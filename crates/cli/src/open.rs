@@ -112,6 +112,19 @@ impl Ready {
         self.tokenizer.as_ref().map_err(|e| anyhow!("{e:#}"))
     }
 
+    /// The tokenizer alone, for what outlives this.
+    ///
+    /// # Errors
+    /// As [`Ready::tokenizer`].
+    pub fn into_tokenizer(self) -> Result<Tokenizer> {
+        self.tokenizer
+    }
+
+    /// The estimate for one conversation.
+    pub fn need(&self) -> MemoryEstimate {
+        self.need
+    }
+
     /// A conversation with the context that was asked for.
     ///
     /// # Errors

@@ -12,4 +12,7 @@ pub mod gbnf;
 pub mod http;
 pub mod metrics;
 pub mod page;
+mod run;
 pub mod schedule;
+
+pub use run::run;

@@ -13,3 +13,4 @@ pub mod methods;
 #[cfg(feature = "pull")]
 pub mod pull;
 pub mod run;
+pub mod serve;
