@@ -1,4 +1,4 @@
-//! Pages generated from the registry; `cargo xtask docs` writes them and the tidy test compares them.
+//! Pages generated from the registry of methods and the server's table of fields; `cargo xtask docs` writes them and the tidy test compares them.
 
 use lacuna_core::{method::Method, site::Site, weight::Orientation};
 use lacuna_methods::registry::METHODS;
@@ -6,7 +6,7 @@ use std::{fs, io, path::Path};
 
 /// Path and text of every generated page.
 pub fn pages() -> Vec<(&'static str, String)> {
-    vec![("docs/methods.md", methods())]
+    vec![("docs/methods.md", methods()), ("docs/server-api.md", server())]
 }
 
 /// Writes all pages below `root`.
@@ -37,6 +37,20 @@ fn methods() -> String {
         out += &section(*m);
     }
     out
+}
+
+fn server() -> String {
+    let mut out = String::from(
+        "# The server's requests\n\nGenerated from the server's tables by `cargo xtask docs`; do not edit. What the \
+         server does with them is in [server.md](server.md).\n\nA field that is absent or null has its default. A value \
+         that a field does not take is refused with 400 and the name, the value and the range; a field that is not listed \
+         is ignored, with one warning in the log.\n\n| route | key | what it does |\n|---|---|---|\n",
+    );
+    for route in lacuna_server::api::routes() {
+        let key = if route.public { "no" } else { "yes" };
+        out += &format!("| `{} {}` | {key} | {} |\n", route.method, route.path, route.about);
+    }
+    out + &lacuna_server::fields::page()
 }
 
 fn section(m: &dyn Method) -> String {

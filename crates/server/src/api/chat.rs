@@ -21,7 +21,7 @@ pub(super) async fn answer(state: Arc<State>, request: Request) -> Result<Reply>
     let arrival = Arrival::new();
     let reader = state.clone();
     let mut prepared = aside(move || prepare(&reader, &request)).await?;
-    let group = state.ids.load(Ordering::Relaxed);
+    let group = state.ids.fetch_add(1, Ordering::Relaxed);
     let running = state.submit(|events| prepared.jobs(group, &arrival, &events))?;
     let answers = Answers::new(&state, prepared, &arrival);
     if answers.prepared.stream {
@@ -47,6 +47,7 @@ async fn whole(state: &State, mut running: Running, mut answers: Answers) -> Res
         }
         answers.take(state, index, event);
     }
+    running.check()?;
     let choices = std::mem::take(&mut answers.choices);
     let choice = |(index, c): (usize, Choice)| {
         json!({

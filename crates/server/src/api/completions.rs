@@ -29,7 +29,7 @@ pub(super) async fn answer(state: Arc<State>, request: Request) -> Result<Reply>
         Prepared::new(&aside_state, &values, prompts, false)
     })
     .await?;
-    let group = state.ids.load(Ordering::Relaxed);
+    let group = state.ids.fetch_add(1, Ordering::Relaxed);
     let running = state.submit(|events| prepared.jobs(group, &arrival, &events))?;
     let answers = Answers::new(&state, prepared, &arrival);
     if answers.prepared.stream {
@@ -46,6 +46,7 @@ async fn whole(state: &State, mut running: Running, mut answers: Answers) -> Res
         }
         answers.take(state, index, event);
     }
+    running.check()?;
     let choices: Vec<Value> = (0..answers.choices.len()).map(|i| answers.choice(i)).collect();
     let mut body = answers.frame(choices);
     body["usage"] = answers.sum.usage();

@@ -47,6 +47,7 @@ pub(super) async fn answer(state: Arc<State>, request: Request) -> Result<Reply>
             _ => {}
         }
     }
+    running.check()?;
     let data = vectors.into_iter().enumerate();
     let data = data.map(|(i, v)| json!({ "object": "embedding", "index": i, "embedding": v }));
     let body = json!({

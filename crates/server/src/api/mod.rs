@@ -322,6 +322,11 @@ impl Running {
         news
     }
 
+    /// Whether all answers have ended, which they do unless the scheduler fails.
+    fn check(&self) -> Result<()> {
+        if self.open == 0 { Ok(()) } else { Err(Error::internal("the answer was lost by a fault of the server")) }
+    }
+
     fn noted(&mut self, news: &Option<(usize, Event)>) {
         if let Some((_, Event::Done(_) | Event::Failed(_))) = news {
             self.open -= 1;

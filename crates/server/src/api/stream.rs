@@ -2,15 +2,13 @@
 
 use super::{Running, State};
 use crate::{
-    http::{Bytes, Reply},
+    http::{Bytes, EVENTS, Reply},
     schedule::Event,
 };
 use serde_json::Value;
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// After so long without news a comment is sent, so that nobody takes the connection for dead.
-const PING: Duration = Duration::from_secs(15);
 /// Pieces that wait for a slow client; then the stream waits.
 const PIECES: usize = 16;
 /// News that become one piece at most.
@@ -40,10 +38,6 @@ pub(super) fn reply(state: Arc<State>, mut running: Running, mut events: impl Ev
             let news = tokio::select! {
                 news = running.next() => news,
                 () = send.closed() => return,
-                () = tokio::time::sleep(PING) => {
-                    text = ": ping\n\n".to_owned();
-                    continue;
-                }
             };
             let Some((index, event)) = news else { break };
             text = written(events.news(&state, index, event));
@@ -57,7 +51,7 @@ pub(super) fn reply(state: Arc<State>, mut running: Running, mut events: impl Ev
         // A client that is gone misses nothing.
         let _ = send.send(Bytes::from(text)).await;
     });
-    Reply::Stream { content_type: "text/event-stream", chunks }
+    Reply::Stream { content_type: EVENTS, chunks }
 }
 
 fn written(values: Vec<Value>) -> String {

@@ -25,8 +25,16 @@ struct Worker<'a> {
     next: usize,
 }
 
-/// Works until the queue is closed and empty.
+/// Works until the queue is closed and empty. A panic outside of any answer's own work costs the answers under way, and
+/// not the server.
 pub(super) fn run(shared: &Shared) {
+    while guarded(|| work(shared)).is_none() {
+        shared.metrics.panics.add(1);
+        tracing::error!("the scheduler failed and begins again; the answers under way are lost");
+    }
+}
+
+fn work(shared: &Shared) {
     let prefixes = Prefixes::new(shared.options.prefixes);
     let mut worker = Worker { shared, active: Vec::new(), prefixes, turn: FIRST, next: 0 };
     while worker.admit() {
@@ -155,6 +163,7 @@ impl<'a> Worker<'a> {
             shared.metrics.prefix_bytes.set(self.prefixes.bytes());
         }
         if sequence.state == State::Decode || sequence.state == State::Ended {
+            shared.metrics.generated_tokens.add(sequence.usage().generated as u64);
             shared.metrics.first_token_seconds.observe(sequence.usage().queued + sequence.usage().prefill);
         }
         done
