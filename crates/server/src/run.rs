@@ -14,12 +14,7 @@ const ASIDE: usize = 8;
 ///
 /// # Errors
 /// The address cannot be taken, or the system gives no threads.
-pub fn run(
-    app: Arc<Lacuna>,
-    address: &str,
-    options: http::Options,
-    ready: impl FnOnce(SocketAddr),
-) -> io::Result<()> {
+pub fn run(app: Arc<Lacuna>, address: &str, options: http::Options, ready: impl FnOnce(SocketAddr)) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(ASIDE).build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind(address).await?;

@@ -8,7 +8,10 @@ use serde_json::{Map, Value, json};
 use std::{
     io::Read,
     net::Shutdown,
-    sync::{Arc, atomic::{AtomicUsize, Ordering}},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,12 +31,45 @@ fn least(endpoint: Endpoint) -> Map<String, Value> {
 /// Values of all kinds, and those around the ends of the field's range.
 fn values(kind: Kind) -> Vec<String> {
     let mut all: Vec<String> = [
-        "null", "true", "0", "1", "-1", "0.5", "1e308", "-1e308", "9223372036854775807", "18446744073709551615",
-        "1e400", "NaN", "\"\"", "\"a\"", "\"\\ud800\"", "[]", "[[]]", "[null]", "[1]", "[-1]", "[1e9]", "[\"\"]",
-        "[\"a\"]", "[{}]", "{}", "{\"a\": 1}", "{\"type\": \"x\"}", "{\"1\": 1e9}", "{\"1\": null}", "{\"x\": 1}",
-        "{\"type\": \"json_schema\", \"json_schema\": {\"schema\": {\"type\": 5}}}", "[[[[[[[[]]]]]]]]",
-        "{\"include_usage\": 3}", "[{\"role\": 3}]", "[{\"role\": \"user\", \"content\": {}}]",
-        "[{\"role\": \"nobody\", \"content\": \"x\"}]", "[{\"type\": \"function\"}]", "(", "",
+        "null",
+        "true",
+        "0",
+        "1",
+        "-1",
+        "0.5",
+        "1e308",
+        "-1e308",
+        "9223372036854775807",
+        "18446744073709551615",
+        "1e400",
+        "NaN",
+        "\"\"",
+        "\"a\"",
+        "\"\\ud800\"",
+        "[]",
+        "[[]]",
+        "[null]",
+        "[1]",
+        "[-1]",
+        "[1e9]",
+        "[\"\"]",
+        "[\"a\"]",
+        "[{}]",
+        "{}",
+        "{\"a\": 1}",
+        "{\"type\": \"x\"}",
+        "{\"1\": 1e9}",
+        "{\"1\": null}",
+        "{\"x\": 1}",
+        "{\"type\": \"json_schema\", \"json_schema\": {\"schema\": {\"type\": 5}}}",
+        "[[[[[[[[]]]]]]]]",
+        "{\"include_usage\": 3}",
+        "[{\"role\": 3}]",
+        "[{\"role\": \"user\", \"content\": {}}]",
+        "[{\"role\": \"nobody\", \"content\": \"x\"}]",
+        "[{\"type\": \"function\"}]",
+        "(",
+        "",
     ]
     .map(String::from)
     .to_vec();
@@ -52,7 +88,9 @@ fn values(kind: Kind) -> Vec<String> {
             all.push(json!(vec![1; 513]).to_string());
             all.push(json!([4095, 4096]).to_string());
         }
-        Kind::Messages { items } => all.push(json!(vec![json!({ "role": "user", "content": "a" }); items + 1]).to_string()),
+        Kind::Messages { items } => {
+            all.push(json!(vec![json!({ "role": "user", "content": "a" }); items + 1]).to_string())
+        }
         Kind::Objects { items, .. } => all.push(json!(vec![json!({ "type": "function" }); items + 1]).to_string()),
         Kind::Bias { items, .. } => {
             let map: Map<String, Value> = (0..=items).map(|i| (i.to_string(), json!(1))).collect();
@@ -83,10 +121,19 @@ fn any_value_of_any_field_is_answered_or_refused() {
                 let body = format!("{{{:?}: {value}{comma}{}", field.name, &rest[1..]);
                 let answer = server.send("POST", endpoint.path(), body.as_bytes());
                 let shown: String = body.chars().take(200).collect();
-                assert!(answer.status == 200 || (400..500).contains(&answer.status), "{} {shown}: {} {}", endpoint.path(), answer.status, answer.text());
+                assert!(
+                    answer.status == 200 || (400..500).contains(&answer.status),
+                    "{} {shown}: {} {}",
+                    endpoint.path(),
+                    answer.status,
+                    answer.text()
+                );
                 if answer.status != 200 {
                     let error = &answer.json()["error"];
-                    assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{shown}: {error}");
+                    assert!(
+                        error["message"].is_string() && error["type"] == "invalid_request_error",
+                        "{shown}: {error}"
+                    );
                 }
                 count += 1;
             }
@@ -124,14 +171,24 @@ fn prompts_at_the_limit_and_beyond() {
 #[test]
 fn two_hundred_clients_get_what_one_gets() {
     let server = Arc::new(Server::usual());
-    let prompts: Vec<String> = (0..200).map(|i| format!("Story {i}. The {} cat number {} said", ["red", "big", "old"][i % 3], i * 7)).collect();
+    let prompts: Vec<String> = (0..200)
+        .map(|i| format!("Story {i}. The {} cat number {} said", ["red", "big", "old"][i % 3], i * 7))
+        .collect();
     let wanted = |i: usize, prompt: &str| json!({ "prompt": prompt, "max_tokens": 8 + i % 5, "temperature": if i % 4 == 0 { 1.0 } else { 0.0 }, "seed": i, "model": if i % 5 == 0 { "tiny:lossy" } else { "tiny" } });
-    let alone: Vec<String> = prompts.iter().enumerate().map(|(i, p)| text(&server.ok("/v1/completions", &wanted(i, p))).to_owned()).collect();
-    let threads: Vec<_> = prompts.into_iter().enumerate().map(|(i, prompt)| {
-        let server = server.clone();
-        let body = wanted(i, &prompt);
-        std::thread::spawn(move || text(&server.ok("/v1/completions", &body)).to_owned())
-    }).collect();
+    let alone: Vec<String> = prompts
+        .iter()
+        .enumerate()
+        .map(|(i, p)| text(&server.ok("/v1/completions", &wanted(i, p))).to_owned())
+        .collect();
+    let threads: Vec<_> = prompts
+        .into_iter()
+        .enumerate()
+        .map(|(i, prompt)| {
+            let server = server.clone();
+            let body = wanted(i, &prompt);
+            std::thread::spawn(move || text(&server.ok("/v1/completions", &body)).to_owned())
+        })
+        .collect();
     for (i, thread) in threads.into_iter().enumerate() {
         assert_eq!(thread.join().expect("an answer"), alone[i], "client {i}");
     }
@@ -145,10 +202,12 @@ fn texts_depend_neither_on_company_nor_on_chunks_nor_on_prefixes() {
     let mut texts = Vec::new();
     for (chunk, parallel, prefixes) in [(512, 1, 0), (16, 8, 0), (100, 8, 64 << 20)] {
         let server = Arc::new(Server::new(&Setup { chunk, parallel, prefixes, ..Setup::default() }));
-        let threads: Vec<_> = (0..8).map(|seed| {
-            let (server, body) = (server.clone(), body(seed));
-            std::thread::spawn(move || text(&server.ok("/v1/completions", &body)).to_owned())
-        }).collect();
+        let threads: Vec<_> = (0..8)
+            .map(|seed| {
+                let (server, body) = (server.clone(), body(seed));
+                std::thread::spawn(move || text(&server.ok("/v1/completions", &body)).to_owned())
+            })
+            .collect();
         let mut got: Vec<String> = threads.into_iter().map(|t| t.join().expect("an answer")).collect();
         let again = server.ok("/v1/completions", &body(0));
         let cached = again["timings"]["cache_n"].as_u64().expect("a count");
@@ -165,7 +224,8 @@ fn texts_depend_neither_on_company_nor_on_chunks_nor_on_prefixes() {
 #[test]
 fn clients_that_leave_give_back_their_memory() {
     let server = Server::new(&Setup { prefixes: 0, ..Setup::default() });
-    let long = json!({ "prompt": "Once upon a time. ".repeat(60), "max_tokens": 200, "temperature": 0, "ignore_eos": true });
+    let long =
+        json!({ "prompt": "Once upon a time. ".repeat(60), "max_tokens": 200, "temperature": 0, "ignore_eos": true });
     for i in 0..60u64 {
         let mut body = long.clone();
         body["stream"] = json!(i % 2 == 0);
@@ -218,14 +278,19 @@ fn a_fault_ends_one_request_and_no_other() {
     let plain = Server::usual();
     let server = Arc::new(Server::new(&Setup { probe: Some(probe), prefixes: 0, ..Setup::default() }));
     let prompts = ["Once upon", " dragon", "The sun", " castle", "A little boy", " dragon", "My mom", " castle"];
-    let threads: Vec<_> = prompts.map(|prompt| {
-        let server = server.clone();
-        std::thread::spawn(move || server.post("/v1/completions", &greedy(prompt, 20)))
-    }).into_iter().collect();
+    let threads: Vec<_> = prompts
+        .map(|prompt| {
+            let server = server.clone();
+            std::thread::spawn(move || server.post("/v1/completions", &greedy(prompt, 20)))
+        })
+        .into_iter()
+        .collect();
     for (prompt, thread) in prompts.iter().zip(threads) {
         let answer = thread.join().expect("an answer");
         match *prompt {
-            " dragon" => assert_eq!((answer.status, answer.json()["error"]["type"].clone()), (500, json!("server_error"))),
+            " dragon" => {
+                assert_eq!((answer.status, answer.json()["error"]["type"].clone()), (500, json!("server_error")))
+            }
             " castle" => assert_eq!(answer.json()["choices"][0]["finish_reason"], "error"),
             _ => assert_eq!(text(&answer.json()), text(&plain.ok("/v1/completions", &greedy(prompt, 20))), "{prompt}"),
         }
@@ -255,7 +320,11 @@ fn metrics_hold_no_texts() {
     let metrics = server.get("/metrics");
     let text = metrics.text();
     assert!(!text.contains("secret"));
-    for name in ["lacuna_prompt_tokens_total", "lacuna_requests_finished_total{reason=\"length\"} 1", "vllm:generation_tokens_total"] {
+    for name in [
+        "lacuna_prompt_tokens_total",
+        "lacuna_requests_finished_total{reason=\"length\"} 1",
+        "vllm:generation_tokens_total",
+    ] {
         assert!(text.contains(name), "{name}: {text}");
     }
     server.app.close();

@@ -87,18 +87,27 @@ pub fn run(args: Args) -> Result<Outcome> {
     memory(&args, &ready, context)?;
     let dense = ready.dense.clone();
     let plans = args.plans.iter().map(|p| plan(p, &load, &place, &dense)).collect::<Result<Vec<_>>>()?;
-    if let Some((twice, _)) = plans.iter().enumerate().find(|(i, (n, _))| plans[..*i].iter().any(|(m, _)| m == n)).map(|p| p.1) {
+    if let Some((twice, _)) =
+        plans.iter().enumerate().find(|(i, (n, _))| plans[..*i].iter().any(|(m, _)| m == n)).map(|p| p.1)
+    {
         bail!("--plan: two plans are called `{twice}`");
     }
     let name = args.alias.clone().unwrap_or_else(|| clean(&place.label()));
     let parallel = usize::from(args.parallel);
     let options = Options { parallel, queue: args.queue as usize, context, prefixes, probe: None };
-    let config =
-        Config { name, engine: dense, plans, tokenizer: ready.into_tokenizer()?, options: options.clone(), vllm_metrics: args.vllm_metrics };
+    let config = Config {
+        name,
+        engine: dense,
+        plans,
+        tokenizer: ready.into_tokenizer()?,
+        options: options.clone(),
+        vllm_metrics: args.vllm_metrics,
+    };
     let app = Arc::new(Lacuna::new(config).context("starting the engine")?);
     let listen = http::Options { keys, hosts: args.allowed_hosts.clone(), ..http::Options::default() };
     let announced = (app.clone(), listen.clone());
-    let host = if args.host.contains(':') { format!("[{}]", args.host.trim_matches(['[', ']'])) } else { args.host.clone() };
+    let host =
+        if args.host.contains(':') { format!("[{}]", args.host.trim_matches(['[', ']'])) } else { args.host.clone() };
     let address = format!("{host}:{}", args.port);
     lacuna_server::run(app, &address, listen, |at| announce(at, &announced.0, &options, &announced.1))
         .with_context(|| format!("listening at {address}"))?;
@@ -178,7 +187,10 @@ fn announce(at: SocketAddr, app: &Lacuna, options: &Options, listen: &http::Opti
     };
     eprintln!("listening at http://{at}/ (the page; the API below http://{at}/v1)");
     eprintln!("models        {}", app.names().join(", "));
-    eprintln!("context       {} tokens, {} answers at once, {} waiting", options.context, options.parallel, options.queue);
+    eprintln!(
+        "context       {} tokens, {} answers at once, {} waiting",
+        options.context, options.parallel, options.queue
+    );
     eprintln!("prefix cache  {}", text::bytes(options.prefixes as u64));
     eprintln!("API keys      {keys}");
     eprintln!("public        {}", public.join(" "));

@@ -142,8 +142,7 @@ impl Server {
         let answer = self.post(path, body);
         assert_eq!(answer.status, 200, "{}", answer.text());
         let text = answer.text();
-        let mut events: Vec<&str> =
-            text.split("\n\n").filter(|e| !e.is_empty() && !e.starts_with(':')).collect();
+        let mut events: Vec<&str> = text.split("\n\n").filter(|e| !e.is_empty() && !e.starts_with(':')).collect();
         assert_eq!(events.pop(), Some("data: [DONE]"), "{text}");
         let event = |e: &str| serde_json::from_str(e.strip_prefix("data: ").expect("an event")).expect("JSON");
         events.into_iter().map(event).collect()
