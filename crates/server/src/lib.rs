@@ -14,5 +14,6 @@ pub mod metrics;
 pub mod page;
 mod run;
 pub mod schedule;
+pub mod tools;
 
 pub use run::run;

@@ -12,6 +12,7 @@ use crate::{
     fields::Endpoint,
     http::{Reply, Request, StatusCode},
     schedule::{Event, Failure, Step},
+    tools::{Call, Delta, Reader},
 };
 use serde_json::{Value, json};
 use std::sync::{Arc, atomic::Ordering};
@@ -50,9 +51,17 @@ async fn whole(state: &State, mut running: Running, mut answers: Answers) -> Res
     running.check()?;
     let choices = std::mem::take(&mut answers.choices);
     let choice = |(index, c): (usize, Choice)| {
+        let mut message = json!({ "role": "assistant", "content": c.text });
+        if !c.calls.is_empty() {
+            let calls = c.calls.iter().map(|(_, id, call)| call.to_json(id, None));
+            message["tool_calls"] = calls.collect();
+            if c.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
         json!({
             "index": index,
-            "message": { "role": "assistant", "content": c.text },
+            "message": message,
             "logprobs": answers.prepared.top.map(|_| json!({ "content": c.logprobs })),
             "finish_reason": c.finish,
         })
@@ -77,6 +86,11 @@ struct Answers {
 #[derive(Default)]
 struct Choice {
     text: String,
+    /// Finds calls in the text, where there is something to call.
+    reader: Option<Reader>,
+    /// Calls with their places and names.
+    calls: Vec<(usize, String, Call)>,
+    called: usize,
     logprobs: Vec<Value>,
     finish: Option<&'static str>,
     lacuna: Option<Value>,
@@ -85,7 +99,8 @@ struct Choice {
 impl Answers {
     fn new(state: &State, prepared: Prepared, arrival: &Arrival) -> Self {
         let mut choices = Vec::new();
-        choices.resize_with(prepared.answers(), Choice::default);
+        let reader = || prepared.tools.as_ref().map(Reader::new);
+        choices.resize_with(prepared.answers(), || Choice { reader: reader(), ..Choice::default() });
         Self {
             id: state.id("chatcmpl"),
             created: arrival.seconds,
@@ -97,16 +112,20 @@ impl Answers {
     }
 
     fn take(&mut self, state: &State, index: usize, event: Event) {
+        let most = self.prepared.calls;
         let choice = &mut self.choices[index];
         match event {
             Event::Step(Step { text, scored, activity: seen, .. }) => {
-                choice.text.push_str(&text);
+                choice.say(state, &text, most, false);
                 choice.logprobs.extend(scored.map(|s| logprobs::chat(&state.tokenizer, &s)));
                 choice.lacuna = seen.as_deref().map(activity);
             }
             Event::Done(done) => {
-                choice.text.push_str(&done.text);
-                choice.finish = Some(reason(done.finish));
+                choice.say(state, &done.text, most, true);
+                choice.finish = Some(match reason(done.finish) {
+                    "stop" if choice.called > 0 => "tool_calls",
+                    other => other,
+                });
                 self.sum.add(index, self.prepared.n, &done.usage);
                 ended(state, &self.id, done.finish, &done.usage);
             }
@@ -128,6 +147,27 @@ impl Answers {
     }
 }
 
+impl Choice {
+    /// Takes a piece of the answer; `end`: the last.
+    fn say(&mut self, state: &State, piece: &str, most: usize, end: bool) {
+        let Some(reader) = &mut self.reader else { return self.text.push_str(piece) };
+        let mut deltas = reader.push(piece);
+        if end {
+            deltas.extend(reader.finish());
+        }
+        for delta in deltas {
+            match delta {
+                Delta::Text(text) => self.text.push_str(&text),
+                Delta::Call(call) if self.called < most => {
+                    self.calls.push((self.called, state.id("call"), call));
+                    self.called += 1;
+                }
+                Delta::Call(_) => {}
+            }
+        }
+    }
+}
+
 impl stream::Events for Answers {
     fn begin(&mut self) -> Vec<Value> {
         let role = |i| self.chunk(i, json!({ "role": "assistant", "content": "" }), Value::Null, None);
@@ -139,6 +179,7 @@ impl stream::Events for Answers {
         let choice = &mut self.choices[index];
         let (text, scores) = (std::mem::take(&mut choice.text), std::mem::take(&mut choice.logprobs));
         let (lacuna, finish) = (choice.lacuna.take(), choice.finish);
+        let calls = std::mem::take(&mut choice.calls);
         let mut events = Vec::new();
         if !text.is_empty() || !scores.is_empty() || lacuna.is_some() {
             let scores = self.prepared.top.map_or(Value::Null, |_| json!({ "content": scores }));
@@ -147,6 +188,14 @@ impl stream::Events for Answers {
                 event["lacuna"] = lacuna;
             }
             events.push(event);
+        }
+        for (place, id, call) in calls {
+            // As clients know it: the name first, then the arguments.
+            let named = Call { arguments: String::new(), ..call.clone() }.to_json(&id, Some(place));
+            let rest = json!({ "index": place, "function": { "arguments": call.arguments } });
+            for part in [named, rest] {
+                events.push(self.chunk(index, json!({ "tool_calls": [part] }), Value::Null, None));
+            }
         }
         if let Some(finish) = finish {
             let mut event = self.chunk(index, json!({}), Value::Null, Some(finish));

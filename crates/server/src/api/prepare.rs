@@ -6,6 +6,7 @@ use crate::{
     error::{Error, Result},
     fields::{Input, Values},
     schedule::{Events, Generate, Job, Task},
+    tools::Tools,
 };
 use lacuna::engine::sampler::SamplerOptions;
 use serde_json::Value;
@@ -26,6 +27,10 @@ pub(super) struct Prepared {
     pub echo: bool,
     /// Log-probabilities, of so many best.
     pub top: Option<usize>,
+    /// What the answers may call.
+    pub tools: Option<Tools>,
+    /// Calls of one answer at most.
+    pub calls: usize,
     /// One per answer, in the order of the answers.
     generate: Vec<Generate>,
 }
@@ -74,6 +79,8 @@ impl Prepared {
             include_usage: include_usage(values)?,
             echo,
             top,
+            tools: super::text::offered(values)?,
+            calls: if !chat || values.flag("parallel_tool_calls") { usize::MAX } else { 1 },
             generate,
         })
     }
@@ -137,8 +144,10 @@ fn form(values: &Values) -> Result<Option<Form>> {
     if let Some(grammar) = values.text("grammar").filter(|g| !g.is_empty()) {
         forms.push(Form::Grammar(grammar.to_owned()));
     }
+    forms.extend(super::text::offered(values)?.and_then(|tools| tools.form()));
     if forms.len() > 1 {
-        return Err(Error::field("response_format", "give one of `response_format`, `json_schema` and `grammar`"));
+        let problem = "give one of `response_format`, `json_schema`, `grammar` and a forced `tool_choice`";
+        return Err(Error::field("response_format", problem));
     }
     Ok(forms.pop())
 }

@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     fields::{Endpoint, Values},
     http::{Reply, StatusCode},
+    tools::{self, Tools},
 };
 use serde_json::{Value, json};
 
@@ -46,9 +47,20 @@ pub(super) fn conversation(state: &State, values: &Values) -> Result<String> {
     if least > state.bounds.context {
         return Err(Error::context("messages", format_args!("at least {least}"), state.bounds.context));
     }
-    let tools = values.json("tools").filter(|t| t.as_array().is_some_and(|t| !t.is_empty()));
+    let known = state.tokenizer.chat_template().is_some_and(tools::template_knows);
+    let (messages, list) = match offered(values)? {
+        Some(tools) if known => (tools::for_template(messages), Some(tools.list)),
+        Some(tools) => (tools.told(messages), None),
+        None => (tools::for_template(messages), None),
+    };
     let answer = values.flag("add_generation_prompt");
-    let text = template.render_with(messages, &tools, answer).map_err(|e| Error::field("messages", e))?;
+    let text = template.render_with(&messages, &list, answer).map_err(|e| Error::field("messages", e))?;
     short_enough(state, "messages", &text)?;
     Ok(text)
+}
+
+/// The tools that a request offers to the model.
+pub(super) fn offered(values: &Values) -> Result<Option<Tools>> {
+    Tools::read(values.json("tools"), values.json("tool_choice"))
+        .map_err(|(field, problem)| Error::field(field, problem))
 }

@@ -93,6 +93,8 @@ async fn drain(server: &Server) {
         // Clients that do not even take their last event are left.
         let _ = timeout(LAST_WORDS, &mut quiet).await;
     }
+    // Streams that were open when the end began have not said that they are the last of their connection.
+    server.registry.close_waiting();
 }
 
 async fn connection(server: Arc<Server>, stream: TcpStream, entry: Entry) {
@@ -182,7 +184,7 @@ fn addressed(options: &Options, local: Option<IpAddr>, parts: &Parts) -> Result<
         Some(host) if options.knows_host(host, local) => {}
         Some(host) => {
             let host: String = host.chars().take(100).collect();
-            return refuse(format!("this server does not answer to the name {host:?}; `--allow-host` adds names"));
+            return refuse(format!("this server does not answer to the name {host:?}; `--allowed-hosts` adds names"));
         }
         None if parts.version == hyper::Version::HTTP_10 => {}
         None => return Err(error(StatusCode::BAD_REQUEST, "no_host", "the request has no field Host")),
@@ -192,7 +194,7 @@ fn addressed(options: &Options, local: Option<IpAddr>, parts: &Parts) -> Result<
         let host = origin.split_once("://").map_or("", |(_, host)| host);
         if !options.knows_host(host, local) {
             let origin: String = origin.chars().take(100).collect();
-            return refuse(format!("pages of {origin:?} may not use this server; `--allow-host` adds names"));
+            return refuse(format!("pages of {origin:?} may not use this server; `--allowed-hosts` adds names"));
         }
     }
     Ok(())

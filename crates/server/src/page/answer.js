@@ -2,7 +2,7 @@
 
 import { bytes, percent, rate } from "./probe.js";
 
-const REASONS = { length: "longest answer reached", stopped: "stopped", failed: "failed", error: "failed", tool_calls: "called a tool", content_filter: "filtered" };
+const REASONS = { length: "cut off", stopped: "stopped", failed: "failed", error: "failed", tool_calls: "called a tool", content_filter: "filtered" };
 
 /** White space made visible, for the table of alternatives. */
 const visible = (text) => (text === "" ? "(nothing)" : text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5"));

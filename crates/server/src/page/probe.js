@@ -75,7 +75,7 @@ export class Probe {
       if (!this.sum || this.sum.length !== activity.kept.length) this.sum = activity.kept.map((r) => r.map(() => 0));
       activity.kept.forEach((row, l) => row.forEach((x, s) => { this.sum[l][s] += x; }));
       this.total += activity.bytes;
-      this.steps.push(activity);
+      this.steps.push({ ...activity, at: this.times.length });
     }
     this.queue();
     return this.steps.length - 1;
@@ -100,7 +100,8 @@ export class Probe {
     const rows = this.rows();
     if (!rows) return null;
     const all = rows.flat().filter((x) => x !== null);
-    return all.length ? all.reduce((a, b) => a + b, 0) / all.length : null;
+    // Nothing can be skipped in a dense model.
+    return all.length ? all.reduce((a, b) => a + b, 0) / all.length : 1;
   }
 
   rows() {
@@ -121,9 +122,12 @@ export class Probe {
     const one = this.pinned !== null ? this.steps[this.pinned] : null;
     this.find("bytes").textContent = bytes(one ? one.bytes : this.perToken);
     this.find("share").textContent = percent(this.kept);
-    this.find("when").textContent = !has ? "" : one ? `token ${this.pinned + 1}` : `mean of ${this.steps.length}`;
+    this.find("when").textContent = !has ? "" : one ? `token ${one.at}` : `mean of ${this.steps.length}`;
     if (!has) return;
-    this.drawHeat(this.rows());
+    this.fillLayers(this.sum.length);
+    this.find("heat-box").hidden = !this.sites.length;
+    this.find("dense").hidden = this.sites.length > 0;
+    if (this.sites.length) this.drawHeat(this.rows());
     this.drawStrip();
   }
 
@@ -146,10 +150,20 @@ export class Probe {
       if (l % every === 0) g.fillText(String(l), left - 7, top + (l + 0.5) * cell);
       row.forEach((x, s) => {
         if (x === null || x === undefined) return;
-        g.fillStyle = between(empty, full, Math.min(1, Math.max(0, x)));
+        const share = Math.min(1, Math.max(0, x)), box = [left + s * wide + 1, top + l * cell, wide - 2, cell - gap];
+        // Where there is room, a bar and its number; else a colour.
+        const roomy = wide >= 90;
+        g.fillStyle = between(empty, full, roomy ? 0 : share);
         g.beginPath();
-        g.roundRect(left + s * wide + 1, top + l * cell, wide - 2, cell - gap, Math.min(3, cell / 4));
+        g.roundRect(...box, Math.min(3, cell / 4));
         g.fill();
+        if (!roomy) return;
+        g.fillStyle = between(empty, full, 1);
+        g.beginPath();
+        g.roundRect(box[0], box[1], Math.max(2, box[2] * share), box[3], Math.min(3, cell / 4));
+        g.fill();
+        g.fillStyle = share > 0.8 ? between(empty, full, 0) : ink;
+        if (cell >= 12) g.fillText(percent(share), box[0] + box[2] - 6, box[1] + box[3] / 2 + 0.5);
       });
       g.fillStyle = ink;
     });
@@ -161,7 +175,6 @@ export class Probe {
       g.lineWidth = 1.5;
       g.strokeRect(left + this.cell.site * wide + 1, top + this.cell.layer * cell, wide - 2, cell - gap);
     }
-    this.fillLayers(layers);
   }
 
   drawStrip() {
@@ -180,7 +193,7 @@ export class Probe {
       const cells = step.strip.cells, w = width / cells.length;
       cells.forEach((v, c) => {
         if (!v) return;
-        g.fillStyle = between(empty, full, 0.25 + 0.75 * (v / most));
+        g.fillStyle = between(empty, full, (v / most) ** 0.7);
         const from = Math.round(c * w);
         g.fillRect(from, i * height, Math.max(1, Math.round((c + 1) * w) - from), height - 1);
       });
