@@ -2,11 +2,12 @@
 """Scores PIQA and LAMBADA with EleutherAI's lm-evaluation-harness twice: through `lacuna serve` (local-completions) and in
 process by transformers (hf), and compares every summed log-likelihood and the accuracies.
 
-    pip install lm-eval transformers torch
+    pip install "lm-eval[hf,api]"
     python3 tools/check_lm_eval.py target/release/lacuna --model ../shared/models/lacuna-stories --data ../shared/data
 
-The weights are written once more in f32, which both sides read: bf16 weights would be multiplied with activations in bf16
-by the one and in f32 by the other (`--as-is` shows how much that is). No network is used: the tasks are local files.
+The weights are written once more in f32, which both sides read, and keys and values are f32: bf16 weights would be
+multiplied with activations in bf16 by the one and in f32 by the other (`--as-is` shows how much that is). Both sides are
+told to begin with BOS, as their own rules differ. No network is used: the tasks are local files.
 """
 import argparse, json, os, re, subprocess, sys, tempfile, time
 
@@ -62,7 +63,7 @@ def widened(model, folder):
 
 class Server:
     def __init__(self, program, model, threads):
-        command = [program, "serve", model, "--port", "0", "--alias", "model", "-t", str(threads)]
+        command = [program, "serve", model, "--port", "0", "--alias", "model", "-t", str(threads), "--kv", "f32"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         for line in self.process.stderr:
             found = re.search(r"http://([0-9.:]+)/", line)
@@ -108,7 +109,7 @@ def main():
         tasks(folder, os.path.abspath(args.data), args.limit)
         model = args.model if args.as_is else widened(args.model, f"{folder}/f32")
         context = json.load(open(f"{model}/config.json"))["max_position_embeddings"]
-        want, accuracy, took = run("hf", {"pretrained": model, "dtype": "float32"}, folder, 1)
+        want, accuracy, took = run("hf", {"pretrained": model, "dtype": "float32", "add_bos_token": True}, folder, 1)
         print(f"{len(want)} log-likelihoods by transformers in {took:.1f} s")
         print("| batch | concurrent | largest difference | greedy flags that differ | PIQA acc | LAMBADA acc | seconds |")
         print("|---:|---:|---:|---:|---:|---:|---:|")
@@ -120,12 +121,15 @@ def main():
                 arguments = {
                     "model": "model", "base_url": f"http://{server.address}/v1/completions", "tokenizer": model,
                     "tokenizer_backend": "huggingface", "num_concurrent": concurrent, "max_length": context,
-                    "max_retries": 3,
+                    "max_retries": 3, "add_bos_token": True,
                 }
                 got, ours, took = run("local-completions", arguments, folder, batch)
-                worst = max(abs(got[key][0] - want[key][0]) for key in want)
+                key = max(want, key=lambda key: abs(got[key][0] - want[key][0]))
+                worst = abs(got[key][0] - want[key][0])
                 flags = sum(got[key][1] != want[key][1] for key in want)
                 bad |= worst > 1e-3 or ours != accuracy or got.keys() != want.keys()
+                if worst > 1e-3:
+                    print(f"{key}: {got[key][0]} is not {want[key][0]}", file=sys.stderr)
                 row(batch, concurrent, f"{worst:.2e}", flags, ours["local_piqa"], ours["local_lambada"], f"{took:.1f}")
         finally:
             server.stop()
