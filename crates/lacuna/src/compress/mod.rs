@@ -14,6 +14,9 @@ mod output;
 mod store;
 mod tensors;
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     error::{Error, Result},
     model::{

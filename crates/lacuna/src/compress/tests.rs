@@ -1,0 +1,232 @@
+//! Whole runs on the embedded model and small fixtures: what is written, resumed, refused.
+
+use super::*;
+use crate::{embedded, model::load, reference};
+use lacuna_methods::registry;
+use std::{fs, io};
+
+/// The embedded model as a directory.
+fn embedded_model(dir: &Path) -> PathBuf {
+    let model = dir.join("model");
+    fs::create_dir_all(&model).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let bytes = embedded::file(name).expect("a part of the embedded model");
+        fs::write(model.join(name), &*bytes).unwrap();
+    }
+    model
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// Windows of tokens below `vocab`, as if from a text.
+fn text(vocab: u32, windows: usize, length: usize) -> Calibration {
+    let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
+    let windows = (0..windows).map(|w| (0..length).map(|t| token(w * length + t + 1)).collect()).collect();
+    Calibration { windows, sha256: "of a text".into(), available: 1 << 20 }
+}
+
+fn request(model: &Path, output: &Path, spec: &str, calibration: Option<Calibration>) -> Request {
+    Request {
+        model: model.to_owned(),
+        output: output.to_owned(),
+        steps: registry::parse(spec).unwrap(),
+        ratios: Ratios::Uniform,
+        calibration,
+        seed: 7,
+        threads: 2,
+        streams_in_memory: 1 << 30,
+    }
+}
+
+fn run(request: &Request) -> Result<Report> {
+    compress(request, &mut |_| {})
+}
+
+fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    entries.map(|p| (p.file_name().unwrap().to_string_lossy().into_owned(), fs::read(p).unwrap())).collect()
+}
+
+fn zeros(model: &Model) -> Vec<f64> {
+    let of = |w: &lacuna_core::weight::Weight| {
+        let all = decoded(w);
+        all.iter().filter(|w| **w == 0.0).count() as f64 / all.len() as f64
+    };
+    let linears = model.blocks.iter().flat_map(|b| Proj::ALL.into_iter().filter_map(|p| b.linear(p)));
+    linears.map(|l| of(&l.weight)).collect()
+}
+
+#[test]
+fn a_pruned_model_loads_with_the_zeros_it_should_have() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, spec) in [
+        ("llama2", "magnitude=0.5"),
+        ("phi3", "magnitude=0.5:rows=1"),
+        ("gpt2", "wanda=0.5"),
+        ("gpt-neox", "sparsegpt=0.5"),
+        ("opt", "wanda=0.5"),
+        ("qwen3", "random=0.5"),
+    ] {
+        let (model, out) = (fixture(name), dir.path().join(name));
+        let report = run(&request(&model, &out, spec, Some(text(32, 8, 24)))).unwrap();
+        let (dense, sparse) =
+            (load(&model, &LoadOptions::default()).unwrap(), load(&out, &LoadOptions::default()).unwrap());
+        let shares = zeros(&sparse);
+        assert!(shares.iter().all(|s| (s - 0.5).abs() < 0.03), "{name}: {shares:?}");
+        assert!((report.sparsity() - 0.5).abs() < 0.03 && report.layers.len() == shares.len(), "{name}");
+        assert_eq!(report.bytes.0, report.bytes.1, "{name}");
+        assert_ne!(dense.hash, sparse.hash);
+        let survivors = |m: &Model| decoded(&m.blocks[0].k.weight);
+        if !spec.starts_with("sparsegpt") {
+            let pairs = survivors(&dense).into_iter().zip(survivors(&sparse));
+            assert!(pairs.clone().all(|(d, s)| s == 0.0 || d == s), "{name}: a survivor changed");
+        }
+        assert!(reference::logits(&sparse, &[1, 2, 3]).unwrap().iter().all(|x| x.is_finite()));
+    }
+}
+
+#[test]
+fn codes_are_read_back_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    for (spec, format) in [
+        ("rtn=4:group=64", Format::Q4_0),
+        ("rtn=8:group=32", Format::Q8_0),
+        ("rtn=2:group=32", Format::Q4_0),
+        ("wanda=0.5,rtn=4:group=32", Format::Q4_0),
+    ] {
+        let out = dir.path().join("out");
+        let mut r = request(&model, &out, spec, Some(text(vocab, 4, 64)));
+        r.threads = 1;
+        let report = run(&r).unwrap();
+        let loaded = load(&out, &LoadOptions::default()).unwrap();
+        let last = loaded.blocks.len() - 1;
+        assert_eq!(loaded.blocks[last].k.weight.format(), format, "{spec}");
+        // The lock's error is that of the weights that were loaded.
+        let dense = decoded(&load(&model, &LoadOptions::default()).unwrap().blocks[last].k.weight);
+        let coded = decoded(&loaded.blocks[last].k.weight);
+        let square = |it: &mut dyn Iterator<Item = f32>| it.map(|x| f64::from(x).powi(2)).sum::<f64>();
+        let error = square(&mut dense.iter().zip(&coded).map(|(a, b)| a - b)) / square(&mut dense.iter().copied());
+        let told = report.layers.iter().find(|l| l.layer == last && l.proj == "attn.k").unwrap().weight_error;
+        assert!((error - told).abs() < 1e-6 * told, "{spec}: {error} {told}");
+        assert!(report.bytes.1 < report.bytes.0, "{spec}");
+    }
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("llama3");
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let mut request = request(&model, &whole, "sparsegpt=0.5:bits=4:group=0", Some(text(32, 8, 24)));
+    let undisturbed = run(&request).unwrap();
+    assert_eq!(undisturbed.resumed, 0);
+    request.output = broken.clone();
+    // Into the second block; further runs go on behind the first.
+    for stop in 1..=undisturbed.layers.len() / 2 + 1 {
+        // A panic in the middle of a block stands for the kill.
+        let mut left = stop;
+        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            compress(&request, &mut |p| {
+                if let Progress::Layer(_) = p {
+                    left -= 1;
+                    assert!(left > 0, "killed");
+                }
+            })
+        }));
+        assert!(killed.is_err() && !broken.exists(), "layer {stop}");
+    }
+    request.streams_in_memory = 0;
+    let resumed = run(&request).unwrap();
+    assert_eq!(tree(&whole), tree(&broken));
+    assert!(resumed.resumed == 1 && resumed.layers == undisturbed.layers);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
+}
+
+#[test]
+fn a_failing_disk_leaves_the_old_output_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (fixture("llama2"), dir.path().join("out"));
+    let request = request(&model, &out, "magnitude=0.5", None);
+    let checkpoint = Checkpoint::open(&model, &LoadOptions::default()).unwrap();
+    let plan = Plan::new(&request, &checkpoint, Target::HuggingFace).unwrap();
+    let write = |fail_at: usize, mark: &str| {
+        let mut count = 0;
+        let lock = serde_json::json!({ "mark": mark });
+        output::write_through(&plan, &[], &lock, &mut |path, size, body| {
+            count += 1;
+            let full = || io::Error::other("the disk is full");
+            if count == fail_at {
+                return Err(Error::io(path)(full()));
+            }
+            Ok(lacuna_core::atomic::write_atomically(path, Some(size), |o| body(o))?)
+        })
+        .map(|_| count)
+    };
+    let failed = (1..).take_while(|n| write(*n, "first").is_err() && !out.exists()).count();
+    assert!(failed >= 3, "{failed}");
+    let old = tree(&out);
+    for n in 1..=failed {
+        assert!(write(n, "second").unwrap_err().to_string().contains("disk is full"));
+        assert_eq!(tree(&out), old);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+    assert!(write(usize::MAX, "second").is_ok());
+    assert_ne!(tree(&out), old);
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (fixture("llama2"), dir.path().join("out"));
+    let error = |spec: &str, calibration: Option<Calibration>| {
+        let error = run(&request(&model, &out, spec, calibration)).unwrap_err().to_string();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{error}");
+        error
+    };
+    assert!(error("wanda=0.5", None).contains("-f FILE"));
+    assert!(error("wanda=0.5", Some(text(32, 1, 30))).contains("30 tokens (of 1048576 in the text) are too few"));
+    assert!(error("gptq=4", Some(text(32, 1, 30))).contains("too few"));
+    assert!(error("relu", None).contains("lacuna calibrate"));
+    assert!(error("rtn=4:group=0,magnitude=0.5", None).contains("put steps that drop first"));
+    let sparse_ratios = Request { ratios: Ratios::Lamp, ..request(&model, &out, "magnitude=0.5:keep=2:of=4", None) };
+    assert!(run(&sparse_ratios).unwrap_err().to_string().contains("pattern fixes the share"));
+    let onto_itself = Request { output: model.clone(), ..request(&model, &out, "magnitude=0.5", None) };
+    assert!(run(&onto_itself).unwrap_err().to_string().contains("no output of this command"));
+    let gpt2 = fixture("gpt2");
+    let codes = run(&request(&gpt2, &out, "rtn=4:group=0", None)).unwrap_err().to_string();
+    assert!(codes.contains("transposed") && codes.contains("GGUF"), "{codes}");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("precious.txt"), "data").unwrap();
+    assert!(run(&request(&model, &out, "magnitude=0.5", None)).is_err());
+    assert_eq!(fs::read(out.join("precious.txt")).unwrap(), b"data");
+}
+
+#[test]
+fn gguf_files_become_gguf_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixture("phi3").join("model.gguf");
+    let out = dir.path().join("out.gguf");
+    run(&request(&model, &out, "wanda=0.5", Some(text(32, 8, 24)))).unwrap();
+    let sparse = load(&out, &LoadOptions::default()).unwrap();
+    assert!(zeros(&sparse).iter().all(|s| (s - 0.5).abs() < 0.03));
+    assert!(dir.path().join("out.gguf.lacuna.lock.json").exists());
+    let again = request(&out, &dir.path().join("wrong-name"), "wanda=0.5", Some(text(32, 8, 24)));
+    assert!(run(&again).unwrap_err().to_string().contains(".gguf"));
+}
+
+#[test]
+fn ratios_move_zeros_between_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let out = dir.path().join("out");
+    let lamp = Request { ratios: Ratios::Lamp, ..request(&model, &out, "magnitude=0.5", None) };
+    let report = run(&lamp).unwrap();
+    assert!((report.sparsity() - 0.5).abs() < 1e-3, "{}", report.sparsity());
+    let shares = zeros(&load(&out, &LoadOptions::default()).unwrap());
+    let (low, high) = shares.iter().fold((1.0_f64, 0.0_f64), |(l, h), s| (l.min(*s), h.max(*s)));
+    assert!(high - low > 0.05 && high <= 0.66, "{low} to {high}");
+}
