@@ -331,7 +331,7 @@ impl<'a> Plan<'a> {
         let homes = || self.homes.iter().flatten();
         let before: u64 = homes().filter_map(|h| source.tensors.get(&h.tensor)).map(|t| t.bytes.len() as u64).sum();
         let bits = |h: &Home| match self.grid {
-            None => return source.tensors.get(&h.tensor).map_or(0, |t| t.bytes.len() as u64),
+            None => source.tensors.get(&h.tensor).map_or(0, |t| t.bytes.len() as u64),
             Some((bits, group)) => {
                 let group = if group == 0 { h.inputs } else { group };
                 let scale = 32.0 / group as f64;
