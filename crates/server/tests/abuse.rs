@@ -174,7 +174,11 @@ fn two_hundred_clients_get_what_one_gets() {
     let prompts: Vec<String> = (0..200)
         .map(|i| format!("Story {i}. The {} cat number {} said", ["red", "big", "old"][i % 3], i * 7))
         .collect();
-    let wanted = |i: usize, prompt: &str| json!({ "prompt": prompt, "max_tokens": 8 + i % 5, "temperature": if i % 4 == 0 { 1.0 } else { 0.0 }, "seed": i, "model": if i % 5 == 0 { "tiny:lossy" } else { "tiny" } });
+    let wanted = |i: usize, prompt: &str| {
+        let temperature = [1.0, 0.0, 0.0, 0.0][i % 4];
+        let model = ["tiny:lossy", "tiny", "tiny", "tiny", "tiny"][i % 5];
+        json!({ "model": model, "prompt": prompt, "max_tokens": 8 + i % 5, "temperature": temperature, "seed": i })
+    };
     let alone: Vec<String> = prompts
         .iter()
         .enumerate()
