@@ -5,6 +5,7 @@
 
 Loads DIR (dense, or quantised in the compressed-tensors form), runs the tokens in float32 and writes the logits of every
 position to LOGITS as little-endian float32. Exit code 3, and the package's name, where one is not installed.
+`cargo test --release -p lacuna --test compressed` calls it; `LACUNA_PYTHON` names another interpreter.
 """
 
 import json
