@@ -44,7 +44,7 @@ def opened(browser, scheme, size, scale=1):
         page.wait_for_selector("#key[open]")
         page.fill("#key-input", "wrong")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('#key-text').textContent.includes('not accepted')")
+        page.locator("#key-text", has_text="not accepted").wait_for()
         page.fill("#key-input", args.key)
         page.keyboard.press("Enter")
     page.wait_for_selector("#model-b option", state="attached")
@@ -60,7 +60,7 @@ def ask(page, text=None):
     # A small model may be done before one looks, so this waits for a token and not for the busy page.
     turns = page.locator(".turn").count()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelectorAll('.turn').length > {turns}")
+    page.locator(".turn").nth(turns).wait_for()
     page.wait_for_selector(".turn:last-child .tok")
 
 
@@ -108,9 +108,12 @@ def one_answer(page):
 def stopped(page):
     setting(page, "max_tokens", 400)
     setting(page, "seed", "")
-    ask(page)
-    page.keyboard.press("Escape")
-    idle(page)
+    for _ in range(4):
+        ask(page)
+        page.keyboard.press("Escape")
+        idle(page)
+        if "stopped" in last(page, ".figures").inner_text():
+            break
     check("Escape stops", "stopped" in last(page, ".figures").inner_text(), last(page, ".figures").inner_text())
     for _ in range(4):
         # The model may end before the click.
