@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p lacuna-kernels --bench gemv -- [key=value ...]` with `threads=1,2`, `isa=avx512,...` (default: the
 //! one in use), `format=Q4_0,...` (default: all), `mb=512` (bytes of weights), `cols=4096`, `reps=7`,
-//! `what=gemv,axpy,rows`, `clock=cpu` (bytes per second of processor time instead of wall time: what one core does on a
+//! `what=gemv,axpy,rows,multi8` (`multiN`: N vectors at once), `clock=cpu` (bytes per second of processor time instead of wall time: what one core does on a
 //! machine that others use too). Products and probe are interleaved; each line gives the median rate in GB/s, the best, and the
 //! median of the ratio to the probe pass that ran just before.
 
@@ -49,7 +49,8 @@ fn main() {
             for threads in get("threads", "1,2").split(',') {
                 let pool = Pool::new(threads.parse().expect("a number of threads"));
                 for what in what.split(',') {
-                    let shares: &[f64] = if what == "gemv" { &[1.0] } else { &[1.0, 0.5, 0.1] };
+                    let dense = what == "gemv" || what.starts_with("multi");
+                    let shares: &[f64] = if dense { &[1.0] } else { &[1.0, 0.5, 0.1] };
                     for &kept in shares {
                         bench.report(what, kept, isa, &pool, &probe, reps, clock);
                     }
@@ -69,7 +70,12 @@ struct Bench {
     cols: usize,
     data: Vec<u8>,
     x: gemv::Operand,
+    /// More of them, each with its own memory.
+    others: Vec<gemv::Operand>,
 }
+
+/// Most vectors of `multiN`.
+const VECTORS: usize = 16;
 
 impl Bench {
     fn new(format: Format, bytes: usize, cols: usize) -> Self {
@@ -77,10 +83,13 @@ impl Bench {
         let rows = bytes / row;
         // Any bytes do for speed, but no subnormal or infinite scales: 0x2c2c is 0.065 as f16, 0x2c2c2c2c 2e-12 as f32.
         let data = vec![0x2c; rows * row];
-        let mut x = gemv::Operand::new();
         let values: Vec<f32> = (0..cols).map(|i| (i % 17) as f32 - 8.0).collect();
-        x.prepare(&values, &[format]);
-        Self { format, rows, cols, data, x }
+        let operand = || {
+            let mut x = gemv::Operand::new();
+            x.prepare(&values, &[format]);
+            x
+        };
+        Self { format, rows, cols, data, x: operand(), others: (0..VECTORS).map(|_| operand()).collect() }
     }
 
     fn report(
@@ -96,7 +105,9 @@ impl Bench {
         let w = Matrix::new(self.format, self.rows, self.cols, &self.data).expect("sizes fit");
         let index: Vec<u32> = (0..self.rows as u32).filter(|&i| keep(i, kept)).collect();
         let value = vec![0.5; index.len()];
-        let mut y = vec![0.0; self.rows.max(self.cols)];
+        let vectors = what.strip_prefix("multi").map_or(1, |n| n.parse().expect("a number of vectors"));
+        let xs: Vec<&gemv::Operand> = self.others.iter().take(vectors).collect();
+        let mut y = vec![0.0; (self.rows * vectors).max(self.cols)];
         let bytes = (index.len() * w.row_bytes()) as f64;
         let (mut rates, mut ratios, mut reads) = (Vec::new(), Vec::new(), Vec::new());
         for rep in 0..=reps {
@@ -113,6 +124,10 @@ impl Bench {
                 "axpy" => {
                     let y = &mut y[..self.cols];
                     axpy::run_on(isa, pool, &mut [axpy::Job { wt: w, index: &index, value: &value, y }]);
+                }
+                what if what.starts_with("multi") => {
+                    let y = &mut y[..self.rows * xs.len()];
+                    gemv::multi::run_on(isa, pool, &mut [gemv::multi::Job { w, x: &xs, y }]);
                 }
                 other => panic!("unknown: what={other}"),
             }

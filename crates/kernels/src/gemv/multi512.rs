@@ -13,6 +13,9 @@ use std::arch::x86_64::*;
 /// Vectors that share an unpacked group.
 const WIDE: usize = 4;
 
+/// Bytes of weights that are used for all vectors before the next ones are read.
+const BLOCK_BYTES: usize = 128 << 10;
+
 /// Whether [`compute`] knows the format.
 pub(super) fn serves(format: Format) -> bool {
     !matches!(format, Format::F32 | Format::F16)
@@ -22,30 +25,37 @@ pub(super) fn serves(format: Format) -> bool {
 /// [`crate::Isa::Avx512`], and [`serves`] must hold.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 pub(super) fn compute(rows: &Rows, xs: &[&Operand], ys: &mut [&mut [f32]]) {
+    // Pairs of rows whose weights stay in the second cache while chunk after chunk of the vectors, each in the first, is
+    // multiplied with them.
+    let (stretch, block) = (rows.len / 2, (BLOCK_BYTES / (2 * rows.w.row_bytes().max(1))).max(1));
     macro_rules! drive {
         ($dot:ident) => {{
-            let stretch = rows.len / 2;
-            for i in 0..stretch {
-                // Far apart, as in the product with one vector.
-                let at = [i, i + stretch];
-                let next = at.map(|i| rows.peek(i + 1).unwrap_or(&[]));
-                drive!($dot, 2, at, Ahead::new(at.map(|i| rows.get(i)), next));
+            for first in (0..stretch).step_by(block) {
+                for (c, chunk) in xs.chunks(WIDE).enumerate() {
+                    let ys = &mut ys[c * WIDE..];
+                    for i in first..stretch.min(first + block) {
+                        // Far apart, as in the product with one vector.
+                        let at = [i, i + stretch];
+                        let next = at.map(|i| rows.peek(i + 1).unwrap_or(&[]));
+                        let ahead = Ahead::new(at.map(|i| rows.get(i)), next);
+                        drive!($dot, 2, Group { rows: ahead, fetch: c == 0 }, at, chunk, ys);
+                    }
+                }
             }
             for i in 2 * stretch..rows.len {
-                drive!($dot, 1, [i], Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]));
+                for (c, chunk) in xs.chunks(WIDE).enumerate() {
+                    let ahead = Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]);
+                    drive!($dot, 1, Group { rows: ahead, fetch: c == 0 }, [i], chunk, &mut ys[c * WIDE..]);
+                }
             }
         }};
-        ($dot:ident, $r:literal, $at:expr, $ahead:expr) => {{
-            for (c, xs) in xs.chunks(WIDE).enumerate() {
-                let group = Group { rows: $ahead, fetch: c == 0 };
-                let ys = &mut ys[c * WIDE..];
-                match xs {
-                    &[a, b, c, d] => put($dot::<$r, 4>(group, [a, b, c, d]), $at, ys),
-                    &[a, b, c] => put($dot::<$r, 3>(group, [a, b, c]), $at, ys),
-                    &[a, b] => put($dot::<$r, 2>(group, [a, b]), $at, ys),
-                    &[a] => put($dot::<$r, 1>(group, [a]), $at, ys),
-                    _ => unreachable!("chunks have one to four entries"),
-                }
+        ($dot:ident, $r:literal, $group:expr, $at:expr, $xs:expr, $ys:expr) => {{
+            match *$xs {
+                [a, b, c, d] => put($dot::<$r, 4>($group, [a, b, c, d]), $at, $ys),
+                [a, b, c] => put($dot::<$r, 3>($group, [a, b, c]), $at, $ys),
+                [a, b] => put($dot::<$r, 2>($group, [a, b]), $at, $ys),
+                [a] => put($dot::<$r, 1>($group, [a]), $at, $ys),
+                _ => unreachable!("chunks have one to four entries"),
             }
         }};
     }
@@ -97,19 +107,32 @@ macro_rules! for_groups {
     }};
 }
 
+// Loops and not `map`, whose closures would not be inlined and force all accumulators through memory.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn sums<const R: usize, const V: usize>(acc: [[__m512; V]; R]) -> [[f32; V]; R] {
-    acc.map(|row| row.map(|a| _mm512_reduce_add_ps(a)))
+    let mut out = [[0.0; V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            out[r][v] = _mm512_reduce_add_ps(acc[r][v]);
+        }
+    }
+    out
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pair_sums<const R: usize, const V: usize>(acc: [[[__m512; 2]; V]; R]) -> [[f32; V]; R] {
-    acc.map(|row| row.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b))))
+    let mut out = [[0.0; V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            out[r][v] = _mm512_reduce_add_ps(_mm512_add_ps(acc[r][v][0], acc[r][v][1]));
+        }
+    }
+    out
 }
 
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 fn dot_bf16<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -> [[f32; V]; R] {
     let xs = xs.map(|x| x.split().as_chunks::<32>().0);
@@ -133,7 +156,7 @@ fn dot_bf16<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     pair_sums(acc)
 }
 
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 fn dot_q8_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -> [[f32; V]; R] {
     let xs = xs.map(|x| {
@@ -170,7 +193,7 @@ fn dot_q8_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     pair_sums(acc)
 }
 
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 fn dot_q4_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -> [[f32; V]; R] {
     let xs = xs.map(|x| {
@@ -208,7 +231,7 @@ fn dot_q4_0<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -
     sums(acc)
 }
 
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 fn dot_q4k<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -> [[f32; V]; R] {
     let xs = xs.map(|x| {
@@ -258,7 +281,7 @@ fn dot_q4k<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) ->
     out
 }
 
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 fn dot_q6k<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) -> [[f32; V]; R] {
     let xs = xs.map(|x| {
