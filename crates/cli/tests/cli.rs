@@ -62,7 +62,11 @@ fn methods_come_from_the_registry() {
         let name = method["name"].as_str().unwrap();
         let sheet = lacuna(&["methods", name]);
         assert!(stdout(&sheet).starts_with(name) && sheet.status.success());
-        let flag = if method["site"] == "decoding" { "--draft" } else { "--sparse" };
+        let flag = match method["site"].as_str() {
+            Some("decoding") => "--draft",
+            Some("weights") => "compress --method",
+            _ => "--sparse",
+        };
         assert!(listing.contains(&format!("{flag} {name}")), "{listing}");
     }
     assert_error(&lacuna(&["methods", "teel"]), &["teel", "did you mean `teal`"]);
