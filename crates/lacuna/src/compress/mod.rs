@@ -1,8 +1,8 @@
 //! Pruning and quantising a model into a smaller one: block by block, each on the outputs of its compressed predecessors.
 //!
-//! The way of a block ([`block`]): its layers' inputs are observed, each layer is solved by the methods, the new tensors are
-//! written to a work folder ([`store`]), and the block runs again from what was written to give the next one its inputs. At
-//! the end the output is put together beside its place and moved there ([`output`]). Memory: one block in single precision,
+//! The way of a block (`block`): its layers' inputs are observed, each layer is solved by the methods, the new tensors are
+//! written to a work folder (`store`), and the block runs again from what was written to give the next one its inputs. At
+//! the end the output is put together beside its place and moved there (`output`). Memory: one block in single precision,
 //! one Gram matrix and its factor, and the residual streams (in a file where they do not fit).
 
 mod block;

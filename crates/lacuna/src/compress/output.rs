@@ -80,7 +80,7 @@ pub(super) fn write(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value) -> Result
     write_through(plan, blocks, lock, &mut atomically)
 }
 
-/// As [`write`], with every file passing through `file`: the tests make those fail.
+/// As [`write()`], with every file passing through `file`: the tests make those fail.
 pub(super) fn write_through(
     plan: &Plan<'_>,
     blocks: &[Tensors],

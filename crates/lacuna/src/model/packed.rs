@@ -155,7 +155,7 @@ impl Codes {
         }
     }
 
-    /// The weights in `format`, which is the one that [`add`] chose.
+    /// The weights in `format`, which is the one that `add` chose.
     ///
     /// # Errors
     /// A scale that F16 cannot hold.
