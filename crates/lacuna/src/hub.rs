@@ -177,8 +177,8 @@ pub fn locate(text: &str) -> Result<PathBuf, HubError> {
         return loadable(path);
     }
     if path.is_absolute() || text.starts_with("./") || text.starts_with("../") || text.ends_with(".gguf") {
-        let source = io::Error::from(io::ErrorKind::NotFound);
-        return Err(HubError::Io { path: path.to_owned(), source });
+        let problem = "no such file or directory; name a Hugging Face directory, a GGUF file or org/name".to_owned();
+        return Err(HubError::Contents { path: path.to_owned(), problem });
     }
     locate_in(&cache_dir()?, &Name::parse(text)?)
 }

@@ -4,7 +4,7 @@ use crate::{Outcome, open::Place, table::Table, text};
 use anyhow::{Context, Result};
 use lacuna::{
     engine::KvType,
-    model::{Demand, LoadOptions, MemoryEstimate},
+    model::{Checkpoint, Demand, LoadOptions, MemoryEstimate},
 };
 use lacuna_core::{
     bytes::Bytes,
@@ -111,6 +111,10 @@ fn report(path: &Path, zeros: bool) -> Result<Report> {
         }
         memory.dedup_by_key(|m| m.context);
     }
+    // Packed codes are words in the file and several weights each; an opened model knows what they hold.
+    let held = |c: &Checkpoint| c.source.tensors.values().map(|t| t.shape.iter().product::<usize>() as u64).sum();
+    let listed = || tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum();
+    let parameters = opened.as_ref().map_or_else(|_| listed(), held);
     let mut bytes_per_type = BTreeMap::new();
     for t in &tensors {
         *bytes_per_type.entry(t.r#type.clone()).or_insert(0) += t.bytes;
@@ -120,7 +124,7 @@ fn report(path: &Path, zeros: bool) -> Result<Report> {
         architecture: opened.as_ref().ok().map(|c| c.spec.arch.clone()),
         context: opened.as_ref().ok().map(|c| c.spec.context),
         problem: opened.err().map(|e| format!("{e:#}")),
-        parameters: tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum(),
+        parameters,
         bytes: tensors.iter().map(|t| t.bytes).sum(),
         metadata,
         bytes_per_type,

@@ -37,6 +37,7 @@ use lacuna_core::{
     hash::sha256,
     method::MethodError,
     site::Proj,
+    weight::Orientation,
 };
 use lacuna_kernels::Format;
 use lacuna_methods::{
@@ -269,11 +270,19 @@ impl<'a> Plan<'a> {
 
     /// That the stored weights are of types whose numbers can be replaced.
     fn check_formats(&self, model: &Model) -> Result<()> {
+        self.check_group()?;
         for (layer, block) in model.blocks.iter().enumerate() {
             for (proj, linear) in Proj::ALL.into_iter().filter_map(|p| Some((p, block.linear(p)?))) {
                 let format = linear.weight.format();
                 let kept = matches!(format, Format::F32 | Format::F16 | Format::Bf16 | Format::Q8_0);
                 let grouped = |g: usize| g != 0 && g.is_multiple_of(32);
+                if linear.weight.orientation() == Orientation::InputMajor {
+                    // Its file says by its magic alone that the model uses ReLU, which the output could not say.
+                    let file = self.request.model.display().to_string();
+                    let what = "compressing a PowerInfer file".into();
+                    let remedy = "; start from the Hugging Face model it was made from".into();
+                    return Err(Error::Unsupported { file, what, remedy });
+                }
                 let what = match self.grid {
                     _ if !kept => format!("compressing weights of type {} (layers.{layer}.{proj})", format.name()),
                     Some((_, group)) if self.target == Target::Gguf && !grouped(group) => {
@@ -291,6 +300,19 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(())
+    }
+
+    /// That the group of the codes divides the rows of every layer.
+    fn check_group(&self) -> Result<()> {
+        let Some((_, group)) = self.grid.filter(|g| g.1 > 0) else { return Ok(()) };
+        let widths: Vec<usize> = self.homes.iter().flatten().map(|h| h.inputs).collect();
+        let Some(width) = widths.iter().find(|w| !w.is_multiple_of(group)) else { return Ok(()) };
+        let fits = |g: &usize| widths.iter().all(|w| w.is_multiple_of(*g));
+        let most = (1..=group).rev().find(fits).unwrap_or(1);
+        let problem = format!(
+            "groups of {group} do not divide rows of {width} weights; the largest that divides all is {most} (0: whole rows)"
+        );
+        Err(Error::Argument { name: "group", problem })
     }
 
     /// The share of each projection, where they differ.

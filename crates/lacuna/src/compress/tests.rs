@@ -59,6 +59,22 @@ fn zeros(model: &Model) -> Vec<f64> {
 }
 
 #[test]
+fn what_cannot_be_written_is_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |model: &Path, out: &str, spec: &str| {
+        let mut layers = 0;
+        let request = request(model, &dir.path().join(out), spec, None);
+        let e = compress(&request, &mut |p| layers += usize::from(matches!(p, Progress::Layer(_)))).unwrap_err();
+        assert_eq!((layers, fs::read_dir(dir.path()).unwrap().count()), (0, 0), "{e}");
+        e.to_string()
+    };
+    let e = refused(&fixture("llama2"), "out", "rtn=4:group=32");
+    assert!(e.contains("groups of 32 do not divide rows of") && e.contains("the largest that divides all is 2"), "{e}");
+    let e = refused(&fixture("bamboo").join("model.gguf"), "out.gguf", "magnitude=0.5");
+    assert!(e.contains("PowerInfer") && e.contains("Hugging Face"), "{e}");
+}
+
+#[test]
 fn a_pruned_model_loads_with_the_zeros_it_should_have() {
     let dir = tempfile::tempdir().unwrap();
     for (name, spec) in [

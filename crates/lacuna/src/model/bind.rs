@@ -238,6 +238,14 @@ impl Binder<'_> {
         let (MlpSpec::Gated { inner } | MlpSpec::Plain { inner }) = *mlp else { return Ok(None) };
         let [fc1, fc2] = self.names.predictor.map(|n| self.name(n, &[i], "weight"));
         let Some(rank) = self.source.tensors.get(&fc1).and_then(|t| t.shape.first().copied()) else { return Ok(None) };
+        if rank == 0 {
+            let what = format!("tensor `{fc1}`: a predictor of rank 0");
+            return Err(Error::Unsupported {
+                file: self.source.file.clone(),
+                what,
+                remedy: "; convert the file again".into(),
+            });
+        }
         let (fc1, fc2) = (self.source.matrix(&fc1, rank, self.spec.width)?, self.source.matrix(&fc2, inner, rank)?);
         Ok(Some(StoredPredictor { fc1, fc2 }))
     }
