@@ -11,13 +11,15 @@ mod table;
 mod text;
 mod verbs;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use lacuna::chat;
 use std::{
     env,
     ffi::OsString,
     io::{self, IsTerminal},
     process::ExitCode,
+    sync::Arc,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -58,6 +60,9 @@ enum Verb {
     Doctor(verbs::doctor::Args),
     /// List the sparse methods, or describe one.
     Methods(verbs::methods::Args),
+    /// Render chat templates for the program that starts this one.
+    #[command(hide = true, name = TEMPLATES)]
+    Templates,
     /// Fetch a model from the hub into the shared cache.
     #[cfg(feature = "pull")]
     Pull(verbs::pull::Args),
@@ -102,9 +107,22 @@ fn run(cli: Cli) -> Result<Outcome> {
         Some(Verb::Inspect(a)) => verbs::inspect::run(a),
         Some(Verb::Doctor(a)) => verbs::doctor::run(a),
         Some(Verb::Methods(a)) => verbs::methods::run(a),
+        Some(Verb::Templates) => {
+            chat::work(io::stdin().lock(), io::stdout().lock())?;
+            Ok(Outcome::Good)
+        }
         #[cfg(feature = "pull")]
         Some(Verb::Pull(a)) => verbs::pull::run(a),
     }
+}
+
+/// The verb that makes this program a worker for chat templates.
+const TEMPLATES: &str = "render-templates";
+
+/// Where the verbs render chat templates: in a process of their own, because these are programs that came with the weights.
+pub(crate) fn template_worker() -> Result<Arc<chat::Worker>> {
+    let program = env::current_exe().context("finding this program, which renders chat templates")?;
+    Ok(Arc::new(chat::Worker::new(program, [TEMPLATES])))
 }
 
 /// `LACUNA_LOG` (a filter such as `lacuna=debug`) wins over `-v`.

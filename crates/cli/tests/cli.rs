@@ -1,11 +1,13 @@
 //! The program as users meet it: output, messages, exit codes.
 
+use lacuna::chat::{ChatTemplate, Message, Worker};
 use serde_json::Value;
 use std::{
     fs,
     io::Write,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::Arc,
 };
 
 /// Runs `lacuna` with an empty cache and none of the user's variables.
@@ -368,4 +370,25 @@ fn chat_follows_its_commands() {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
     assert_eq!(text.matches("(-n reached)").count(), 3, "Hello twice and one question of two lines: {text}");
+}
+
+/// Templates that double strings, while they are compiled or while they run, end their worker; the next request has a new one.
+#[test]
+fn hostile_templates_end_their_worker_and_nothing_else() {
+    let worker = Arc::new(Worker::new(env!("CARGO_BIN_EXE_lacuna"), ["render-templates"]));
+    let render = |text: &str| {
+        let template = ChatTemplate::new(text, "<s>".into(), "</s>".into(), "x.json", Some(worker.clone()))?;
+        template.render(&[Message::new("user", "Hi")], true)
+    };
+    let doubled =
+        "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let constants = "{{ 'a' * 90000000 }}".repeat(100);
+    let endless = "{% set s = 'a' * 90000000 %}{% for i in range(90000) %}{% if s ~ i == s %}x{% endif %}{% endfor %}";
+    for text in [doubled, &constants, endless] {
+        if cfg!(target_os = "linux") {
+            let message = render(text).expect_err("no memory for it").to_string();
+            assert!(message.starts_with("x.json") && message.contains("512 MiB"), "{message}");
+        }
+        assert_eq!(render("{{ bos_token }}{{ messages[0].content }}").expect("it renders"), "<s>Hi");
+    }
 }

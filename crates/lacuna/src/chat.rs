@@ -2,8 +2,12 @@
 //!
 //! Templates come with the weights, so they are untrusted: they run without access to anything outside, with a budget
 //! of instructions and caps on their own size, on what one repetition or range makes (minijinja: 100 MB and 100,000
-//! numbers) and on what they write. What is not capped here is how often a template doubles a string inside its budget;
-//! a program that renders templates of strangers limits its own memory meanwhile, as `lacuna chat` does.
+//! numbers) and on what they write. What that does not cap is how often a template doubles a string inside its budget: a
+//! program that opens models of strangers renders in a [`Worker`], as `lacuna chat` and `lacuna serve` do.
+
+mod worker;
+
+pub use worker::{Worker, work};
 
 use crate::{
     error::{Error, Result},
@@ -13,6 +17,7 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context};
 use serde::{Deserialize, Serialize};
 use std::{
     io,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -45,43 +50,62 @@ impl Message {
 
 /// A compiled chat template.
 pub struct ChatTemplate {
-    env: Environment<'static>,
+    rendering: Rendering,
+    text: String,
     source: String,
     fallback: bool,
     bos: String,
     eos: String,
 }
 
+/// Where a template runs.
+enum Rendering {
+    /// In this process.
+    Here(Environment<'static>),
+    /// In a process of its own.
+    Apart(Arc<Worker>),
+}
+
 impl ChatTemplate {
     /// The template of `tokenizer`'s model; ChatML with a note in the log where it has none.
     ///
     /// # Errors
-    /// A template that is too long or does not compile.
-    pub fn of(tokenizer: &Tokenizer) -> Result<Self> {
+    /// As [`ChatTemplate::new`].
+    pub fn of(tokenizer: &Tokenizer, worker: Option<Arc<Worker>>) -> Result<Self> {
         let literal = |id: Option<u32>| id.map(|id| tokenizer.literal(id)).unwrap_or_default();
         let bos = literal(tokenizer.special().bos);
         let eos = literal(tokenizer.special().eos.first().copied());
         match tokenizer.chat_template() {
-            Some(text) => Self::new(text, bos, eos, tokenizer.source()),
+            Some(text) => Self::new(text, bos, eos, tokenizer.source(), worker),
             None => {
                 tracing::warn!(model = tokenizer.source(), "no chat template in the model: ChatML is used");
-                Ok(Self { fallback: true, ..Self::new(FALLBACK, bos, eos, tokenizer.source())? })
+                Ok(Self { fallback: true, ..Self::new(FALLBACK, bos, eos, tokenizer.source(), worker)? })
             }
         }
     }
 
-    /// Compiles `text`; `source` names the file in messages.
+    /// Compiles `text`, in `worker` or in this process; `source` names the file in messages.
     ///
     /// # Errors
-    /// As [`ChatTemplate::of`].
-    pub fn new(text: &str, bos: String, eos: String, source: &str) -> Result<Self> {
-        let error = |problem: String| Error::Template { file: source.to_owned(), problem };
+    /// A template that is too long or does not compile, or a worker that cannot be started.
+    pub fn new(text: &str, bos: String, eos: String, source: &str, worker: Option<Arc<Worker>>) -> Result<Self> {
+        let template = |rendering| Self { rendering, text: text.into(), source: source.into(), fallback: false, bos, eos };
+        let error = |problem| Error::Template { file: source.into(), problem };
         if text.len() > MAX_TEMPLATE {
             return Err(error(format!("{} bytes, more than the {MAX_TEMPLATE} allowed", text.len())));
         }
+        if let Some(worker) = worker {
+            let template = template(Rendering::Apart(worker.clone()));
+            template.ask(&worker, None::<&()>, &(), false)?;
+            return Ok(template);
+        }
         let mut env = environment();
         env.add_template_owned("chat", text.to_owned()).map_err(|e| error(describe(&e)))?;
-        Ok(Self { env, source: source.to_owned(), fallback: false, bos, eos })
+        Ok(template(Rendering::Here(env)))
+    }
+
+    fn error(&self, problem: String) -> Error {
+        Error::Template { file: self.source.clone(), problem }
     }
 
     /// Whether the model had no template.
@@ -103,8 +127,11 @@ impl ChatTemplate {
     /// # Errors
     /// As there.
     pub fn render_with(&self, messages: &impl Serialize, tools: &impl Serialize, answer: bool) -> Result<String> {
-        let error = |problem: String| Error::Template { file: self.source.clone(), problem };
-        let template = self.env.get_template("chat").map_err(|e| error(describe(&e)))?;
+        let env = match &self.rendering {
+            Rendering::Here(env) => env,
+            Rendering::Apart(worker) => return self.ask(worker, Some(messages), tools, answer),
+        };
+        let template = env.get_template("chat").map_err(|e| self.error(describe(&e)))?;
         let values = context! {
             messages => Value::from_serialize(messages),
             add_generation_prompt => answer,
@@ -114,12 +141,24 @@ impl ChatTemplate {
         };
         let mut out = Capped(Vec::new());
         match template.render_captured_to(values, &mut out) {
-            Ok(_) => String::from_utf8(out.0).map_err(|e| error(e.to_string())),
+            Ok(_) => String::from_utf8(out.0).map_err(|e| self.error(e.to_string())),
             Err(e) if e.kind() == ErrorKind::OutOfFuel => {
-                Err(error(format!("it needs more than {FUEL} instructions; the template is damaged or hostile")))
+                Err(self.error(format!("it needs more than {FUEL} instructions; the template is damaged or hostile")))
             }
-            Err(e) => Err(error(describe(&e))),
+            Err(e) => Err(self.error(describe(&e))),
         }
+    }
+
+    /// What `worker` makes of the template: nothing but a check without `messages`.
+    fn ask(
+        &self,
+        worker: &Worker,
+        messages: Option<&impl Serialize>,
+        tools: &impl Serialize,
+        answer: bool,
+    ) -> Result<String> {
+        let (template, bos, eos) = (&self.text[..], &self.bos[..], &self.eos[..]);
+        worker.ask(&worker::Request { template, bos, eos, messages, tools, answer }).map_err(|e| self.error(e))
     }
 
     /// Ids of the prompt. The template writes BOS itself where the model wants one; where it does not, the tokenizer's
@@ -289,7 +328,7 @@ mod tests {
     use super::*;
 
     fn template(text: &str) -> ChatTemplate {
-        ChatTemplate::new(text, "<s>".into(), "</s>".into(), "x.json").expect("a template that compiles")
+        ChatTemplate::new(text, "<s>".into(), "</s>".into(), "x.json", None).expect("a template that compiles")
     }
 
     fn turns() -> Vec<Message> {
@@ -342,7 +381,7 @@ mod tests {
             let message = template(text).render(&turns(), true).expect_err(text).to_string();
             assert!(message.contains(wanted) && message.starts_with("x.json"), "{text}: {message}");
         }
-        let new = |text: &str| ChatTemplate::new(text, String::new(), String::new(), "x.json").map(|_| ());
+        let new = |text: &str| ChatTemplate::new(text, String::new(), String::new(), "x.json", None).map(|_| ());
         assert!(new("{% for %}").is_err());
         assert!(new(&" ".repeat(MAX_TEMPLATE + 1)).is_err());
         assert!(new(&"{% if 1 %}".repeat(10_000)).is_err());

@@ -30,7 +30,7 @@ pub fn gguf_tokenizer(input: &[u8]) {
 /// `input` as a chat template.
 pub fn chat_template(input: &[u8]) {
     let Ok(text) = str::from_utf8(input) else { return };
-    let Ok(template) = ChatTemplate::new(text, "<s>".into(), "</s>".into(), "fuzz") else { return };
+    let Ok(template) = ChatTemplate::new(text, "<s>".into(), "</s>".into(), "fuzz", None) else { return };
     let turns = [Message::new("system", "Be brief."), Message::new("user", TEXT), Message::new("assistant", "")];
     for count in 0..=turns.len() {
         let _ = template.render(&turns[..count], count % 2 == 0);

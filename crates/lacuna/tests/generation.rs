@@ -145,7 +145,7 @@ fn the_context_and_the_callback_end_generation() {
 fn a_model_without_a_template_gets_chatml() {
     let Some(path) = shared("models/lacuna-stories") else { return };
     let tokenizer = Tokenizer::open(&path).expect("a valid tokenizer");
-    let template = ChatTemplate::of(&tokenizer).expect("a template");
+    let template = ChatTemplate::of(&tokenizer, None).expect("a template");
     assert!(template.is_fallback());
     let ids = template.encode(&tokenizer, &[Message::new("user", "Hi")], true).expect("encodes");
     assert_eq!(ids[0], 0, "the tokenizer adds BOS, since the template does not");

@@ -56,7 +56,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let sampler = Sampler::new(args.sampling.options())?;
     let ready = open::ready_alone(args.model.as_deref(), args.ctx_size, &args.load)?;
     let tokenizer = ready.tokenizer()?;
-    let template = ChatTemplate::of(tokenizer)?;
+    let template = ChatTemplate::of(tokenizer, Some(crate::template_worker()?))?;
     let session = ready.session()?;
     let cancel = session.cancel_flag();
     let flag = cancel.clone();
@@ -154,7 +154,7 @@ impl Talk<'_> {
     }
 
     fn answer(&mut self) -> Result<()> {
-        let tokens = match within_memory(|| self.template.encode(self.tokenizer, &self.messages, true)) {
+        let tokens = match self.template.encode(self.tokenizer, &self.messages, true) {
             Ok(tokens) => tokens,
             // A template may refuse a conversation (`raise_exception`): the question is dropped, the talk goes on.
             Err(e) => {
@@ -193,42 +193,4 @@ impl Talk<'_> {
         self.messages.push(Message::new("assistant", out.text.trim()));
         Ok(())
     }
-}
-
-/// Bytes that a chat template may make the program grow by.
-#[cfg(unix)]
-const TEMPLATE_MEMORY: u64 = 512 << 20;
-
-/// Runs `render` with a limit on the address space. The template is a program that came with the weights, and inside its
-/// budget of instructions it can double a string forty times: that ends this program and not the machine.
-#[cfg(unix)]
-fn within_memory<T>(render: impl FnOnce() -> T) -> T {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Option<u64> = statm.split_whitespace().next().and_then(|n| n.parse().ok());
-    let before = getrlimit(Resource::RLIMIT_AS).ok().zip(pages);
-    if let Some(((soft, hard), pages)) = before {
-        let limit = (pages * page_size()).saturating_add(TEMPLATE_MEMORY).min(soft);
-        if let Err(e) = setrlimit(Resource::RLIMIT_AS, limit, hard) {
-            tracing::debug!("no limit on the memory of the template: {e}");
-        }
-    }
-    let result = render();
-    if let Some(((soft, hard), _)) = before
-        && let Err(e) = setrlimit(Resource::RLIMIT_AS, soft, hard)
-    {
-        tracing::warn!("the limit on the memory of the template stays: {e}");
-    }
-    result
-}
-
-#[cfg(unix)]
-fn page_size() -> u64 {
-    use nix::unistd::{SysconfVar, sysconf};
-    sysconf(SysconfVar::PAGE_SIZE).ok().flatten().map_or(4096, |n| n as u64)
-}
-
-#[cfg(not(unix))]
-fn within_memory<T>(render: impl FnOnce() -> T) -> T {
-    render()
 }

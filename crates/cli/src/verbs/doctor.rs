@@ -196,8 +196,8 @@ pub fn memory_field(text: &str, key: &str) -> Option<u64> {
 #[cfg(unix)]
 fn disk_free(path: &Path) -> Option<u64> {
     let existing: PathBuf = path.ancestors().find(|p| p.exists())?.to_owned();
-    let stat = nix::sys::statvfs::statvfs(&existing).ok()?;
-    (stat.blocks_available() as u64).checked_mul(stat.fragment_size() as u64)
+    let stat = rustix::fs::statvfs(&existing).ok()?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
 }
 
 #[cfg(not(unix))]

@@ -102,6 +102,7 @@ pub fn run(args: Args) -> Result<Outcome> {
         tokenizer: ready.into_tokenizer()?,
         options: options.clone(),
         vllm_metrics: args.vllm_metrics,
+        templates: Some(crate::template_worker()?),
     };
     let app = Arc::new(Lacuna::new(config).context("starting the engine")?);
     let listen = http::Options { keys, hosts: args.allowed_hosts.clone(), ..http::Options::default() };

@@ -20,7 +20,11 @@ use crate::{
     page,
     schedule::{Event, Job, Options, Scheduler},
 };
-use lacuna::{chat::ChatTemplate, engine::Engine, tokenizer::Tokenizer};
+use lacuna::{
+    chat::{ChatTemplate, Worker},
+    engine::Engine,
+    tokenizer::Tokenizer,
+};
 use std::{
     collections::HashSet,
     panic::AssertUnwindSafe,
@@ -51,6 +55,8 @@ pub struct Config {
     pub options: Options,
     /// Whether the metrics also come under vLLM's names.
     pub vllm_metrics: bool,
+    /// Where chat templates are rendered: in this process if there is none, which is for models that are trusted.
+    pub templates: Option<Arc<Worker>>,
 }
 
 /// The application behind the routes.
@@ -130,7 +136,7 @@ impl Lacuna {
     /// # Errors
     /// The system gives no thread.
     pub fn new(config: Config) -> std::io::Result<Self> {
-        let Config { name, engine, plans, tokenizer, options, vllm_metrics } = config;
+        let Config { name, engine, plans, tokenizer, options, vllm_metrics, templates } = config;
         let names = std::iter::once(name.clone()).chain(plans.iter().map(|(plan, _)| format!("{name}:{plan}")));
         let names = names.collect();
         let engines = std::iter::once(engine.clone()).chain(plans.into_iter().map(|(_, e)| e)).collect();
@@ -143,7 +149,7 @@ impl Lacuna {
         let state = State {
             names,
             scheduler,
-            template: ChatTemplate::of(&tokenizer).map_err(|e| e.to_string()),
+            template: ChatTemplate::of(&tokenizer, templates).map_err(|e| e.to_string()),
             grammars: Grammars::new(&tokenizer).map_err(|e| e.to_string()),
             tokenizer,
             metrics,

@@ -101,6 +101,7 @@ impl Server {
             tokenizer: tokenizer(),
             options,
             vllm_metrics: true,
+            templates: None,
         };
         let app = Arc::new(Lacuna::new(config).expect("a thread"));
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
