@@ -11,9 +11,9 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust: the readable reference.
     Scalar,
-    /// AVX2 with FMA and F16C.
+    /// AVX2 with FMA, F16C and POPCNT.
     Avx2,
-    /// AVX-512 F, BW, VL, DQ, VBMI, VNNI and BF16, with GFNI (Zen 4 and later, Sapphire Rapids and later).
+    /// AVX-512 F, BW, VL, DQ, VBMI, VBMI2, VNNI and BF16, with GFNI (Zen 4 and later, Sapphire Rapids and later).
     Avx512,
     /// AVX-512 as above plus AMX tiles for int8 and bf16; kernels without a tile form use their AVX-512 form.
     Amx,
@@ -123,7 +123,10 @@ fn supported(isa: Isa) -> bool {
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("popcnt")
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -135,6 +138,7 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("avx512bf16")
         && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vbmi2")
         && is_x86_feature_detected!("gfni")
 }
 
