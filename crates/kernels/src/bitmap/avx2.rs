@@ -3,6 +3,7 @@
 
 use super::Bitmap;
 use super::gemv::WIDE;
+use super::pack::stored_unit;
 use crate::Format;
 use crate::gemv::Operand;
 use crate::x86::prefetch;
@@ -76,7 +77,6 @@ macro_rules! for_units {
                 // SAFETY: `at` is within the limit, behind which there are `PADDING` bytes.
                 let $bytes = unsafe { &*start.add(at).cast::<[u8; super::PADDING]>() };
                 prefetch(start.wrapping_add(at + AHEAD));
-                prefetch(start.wrapping_add(at + AHEAD + 64));
                 $starts[$r] = at + $body;
             }
         }
@@ -195,23 +195,23 @@ fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
     let offset = _mm_set1_epi8(-128);
     let mut acc = [_mm256_setzero_ps(); R];
     for_units!(w, starts, |u, r, bytes| {
-        let mask = super::mask(bytes);
-        let mut from = 12;
-        for b in 0..2 {
+        let masks = [super::mask(bytes), super::mask(&bytes[8..])];
+        let mut from = [24, 24 + masks[0].count_ones() as usize];
+        for b in 0..4 {
             let mut parts = [_mm_setzero_si128(); 2];
             for (h, out) in parts.iter_mut().enumerate() {
-                let part = (mask >> (32 * b + 16 * h)) as u16;
-                let second = from + (part as u8).count_ones() as usize;
-                let (low, high) = (eight(&bytes[from..]), eight(&bytes[second..]));
+                let part = (masks[h] >> (16 * b)) as u16;
+                let second = from[h] + (part as u8).count_ones() as usize;
+                let (low, high) = (eight(&bytes[from[h]..]), eight(&bytes[second..]));
                 *out = expand_bytes(_mm_xor_si128(low, offset), _mm_xor_si128(high, offset), part);
-                from += part.count_ones() as usize;
+                from[h] += part.count_ones() as usize;
             }
             let w = _mm256_set_m128i(parts[1], parts[0]);
-            let t = products(_mm256_abs_epi8(w), _mm256_sign_epi8(codes(&x.q[(u * 2 + b) * 32..]), w));
-            let s = half(bytes, 8 + 2 * b) * x.d[u * 2 + b];
+            let t = products(_mm256_abs_epi8(w), _mm256_sign_epi8(codes(&x.q[(u * 4 + b) * 32..]), w));
+            let s = half(bytes, 16 + 2 * b) * x.d[u * 4 + b];
             acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_set1_ps(s), acc[r]);
         }
-        from
+        from[1]
     });
     acc.map(|a| sum(a))
 }
@@ -247,4 +247,76 @@ fn dot_q4_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         from[0].max(from[1])
     });
     acc.map(|a| sum(a))
+}
+
+/// Writes units from `at` on in the dense format until `out`, which takes whole ones, is full; returns where the next one
+/// begins. The CPU must have [`crate::Isa::Avx2`].
+#[target_feature(enable = "avx2,popcnt")]
+pub(super) fn unpack(w: &Bitmap, mut at: usize, out: &mut [u8]) -> usize {
+    for out in out.chunks_exact_mut(stored_unit(w.format())) {
+        let bytes = w.data().get(at..).filter(|_| at <= w.limit()).and_then(|b| b.first_chunk());
+        let Some(bytes) = bytes else {
+            // 0xffff is a NaN in BF16 and as an f16 scale.
+            out.fill(0xff);
+            at = usize::MAX;
+            continue;
+        };
+        at += match w.format() {
+            Format::Bf16 => unpack_bf16(bytes, out),
+            format => unpack_blocks(format, bytes, out),
+        };
+    }
+    at
+}
+
+/// The sixteen bytes of a register.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes_of(v: __m128i) -> [u8; 16] {
+    // SAFETY: both are 16 bytes of plain numbers.
+    unsafe { std::mem::transmute(v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,popcnt")]
+fn unpack_bf16(bytes: &[u8; super::PADDING], out: &mut [u8]) -> usize {
+    let mut from = 8;
+    for (mask, out) in super::mask(bytes).to_le_bytes().into_iter().zip(out.as_chunks_mut::<16>().0) {
+        *out = bytes_of(expand_words(&bytes[from..], mask));
+        from += 2 * mask.count_ones() as usize;
+    }
+    from
+}
+
+#[inline]
+#[target_feature(enable = "avx2,popcnt")]
+fn unpack_blocks(format: Format, bytes: &[u8; super::PADDING], out: &mut [u8]) -> usize {
+    let masks = [super::mask(bytes), super::mask(&bytes[8..])];
+    let wide = format == Format::Q8_0;
+    let mut from = [24, if wide { 24 + masks[0].count_ones() as usize } else { 24 }];
+    let (low, flip) = (_mm_set1_epi8(15), _mm_set1_epi8(if wide { -128 } else { 8 }));
+    for (b, out) in out.chunks_exact_mut(format.block_bytes()).enumerate() {
+        let mut halves = [_mm_setzero_si128(); 2];
+        for (h, half) in halves.iter_mut().enumerate() {
+            let part = (masks[h] >> (16 * b)) as u16;
+            let second = from[h] + (part as u8).count_ones() as usize;
+            let codes = [eight(&bytes[from[h]..]), eight(&bytes[second..])].map(|v| match (wide, h) {
+                (true, _) => v,
+                (_, 0) => _mm_and_si128(v, low),
+                _ => _mm_and_si128(_mm_srli_epi16::<4>(v), low),
+            });
+            let [a, c] = codes.map(|v| _mm_xor_si128(v, flip));
+            *half = expand_bytes(a, c, part);
+            from[h] += part.count_ones() as usize;
+        }
+        out[..2].copy_from_slice(&bytes[16 + 2 * b..][..2]);
+        if wide {
+            out[2..18].copy_from_slice(&bytes_of(halves[0]));
+            out[18..].copy_from_slice(&bytes_of(halves[1]));
+        } else {
+            let [l, h] = halves.map(|v| _mm_xor_si128(v, flip));
+            out[2..].copy_from_slice(&bytes_of(_mm_or_si128(l, _mm_slli_epi16::<4>(h))));
+        }
+    }
+    if wide { from[1] } else { from[0].max(from[1]) }
 }

@@ -2,6 +2,7 @@
 //! the results have their bits. Rows that lie far apart are computed side by side, as there.
 
 use super::gemv::WIDE;
+use super::pack::stored_unit;
 use super::{Bitmap, PADDING};
 use crate::Format;
 use crate::gemv::Operand;
@@ -12,7 +13,7 @@ use std::arch::x86_64::*;
 const AHEAD: usize = 2048;
 
 /// Rows `first ..` of `w` with `x`, as many as `y` has room for. The CPU must have [`crate::Isa::Avx512`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,popcnt")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
 pub(super) fn compute(w: &Bitmap, first: usize, x: &Operand, y: &mut [f32]) {
     macro_rules! drive {
         ($dot:ident) => {{
@@ -56,12 +57,10 @@ impl Reader {
         unsafe { self.start.add(at + plus).cast::<T>().read_unaligned() }
     }
 
-    /// Fetches the lines that a unit will need that begins `AHEAD` bytes after `at`.
+    /// Fetches the line `AHEAD` bytes after `at`. Where units are longer than a line, hardware follows with the rest.
     #[inline(always)]
     fn fetch(self, at: usize) {
-        let p = self.start.wrapping_add(at + AHEAD);
-        prefetch(p);
-        prefetch(p.wrapping_add(64));
+        prefetch(self.start.wrapping_add(at + AHEAD));
     }
 }
 
@@ -142,72 +141,174 @@ fn lanes(v: &[i32]) -> __m512i {
     unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
 }
 
-/// Byte numbers that spread the two-byte numbers of each eight bytes over sixteen places, `each` times each.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn spread(each: usize) -> __m256i {
-    let mut at = [0_u8; 32];
-    for (i, at) in at.iter_mut().enumerate() {
-        *at = (i / 2 / each * 2 + i % 2) as u8;
-    }
-    // SAFETY: the array has 32 bytes.
-    unsafe { _mm256_loadu_si256(at.as_ptr().cast()) }
+/// What the rows of block formats share for one unit: 128 codes in the order of Q4_0, what codes without their offset of 8
+/// start from, and the scales of the four blocks.
+#[derive(Clone, Copy)]
+struct Shared {
+    first: __m512i,
+    second: __m512i,
+    bias: __m512i,
+    d: __m128,
 }
 
-/// Values carry an offset of 128 and so do the places between them; the bias takes it back.
+impl Shared {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load(x: &Operand, u: usize) -> Self {
+        let (q, d) = (&x.q4_0().q[u * 128..], &x.int8().d[u * 4..]);
+        let d: &[f32; 4] = d.first_chunk().expect("a scale per block of the padded vector");
+        // SAFETY: the array has four numbers.
+        let d = unsafe { _mm_loadu_ps(d.as_ptr()) };
+        Self { first: codes(q), second: codes(&q[64..]), bias: lanes(&x.q4_0().bias[u * 16..]), d }
+    }
+}
+
+/// Four f16 times the scales of the vector, each in four lanes.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,popcnt")]
+#[target_feature(enable = "avx512f,f16c")]
+fn scales(stored: i64, d: __m128) -> __m512 {
+    let four = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi64_si128(stored)), d);
+    let spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))
+}
+
+/// Values carry an offset of 128, and so do the places between them; the bias takes it back.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
 fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> [f32; R] {
-    let x = x.int8();
     let zero = _mm512_set1_epi8(-128);
-    let pick = spread(8);
-    let mut acc = [[_mm512_setzero_ps(); 2]; R];
-    for_units!(
-        w,
-        starts,
-        |u, x = (codes(&x.q[u * 64..]), lanes(&x.bias[u * 16..]), floats(&x.d8[u * 16..])), reader, r, at| {
-            let (q, bias, d) = x;
-            // SAFETY: `at` is within the limit; all reads end before `12 + 64` bytes.
-            let (mask, scales, values) = unsafe {
-                (reader.read::<u64>(at, 0), reader.read::<i32>(at, 8), reader.read::<__m512i>(at, 12))
-            };
-            let t = _mm512_dpbusd_epi32(bias, _mm512_mask_expand_epi8(zero, mask, values), q);
-            let s = _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(scales), pick));
-            let sum = &mut acc[r][u % 2];
-            *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(s, d), *sum);
-            12 + mask.count_ones() as usize
-        }
-    );
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    let mut acc = [_mm512_setzero_ps(); R];
+    for_units!(w, starts, |u, x = Shared::load(x, u), reader, r, at| {
+        // SAFETY: `at` is within the limit; all reads end before `24 + 64 + 64` bytes.
+        let (m0, m1, stored, first) = unsafe {
+            let (m0, m1) = (reader.read::<u64>(at, 0), reader.read::<u64>(at, 8));
+            (m0, m1, reader.read::<i64>(at, 16), reader.read::<__m512i>(at, 24))
+        };
+        let n0 = m0.count_ones() as usize;
+        // SAFETY: as above.
+        let second = unsafe { reader.read::<__m512i>(at, 24 + n0) };
+        let (w0, w1) = (_mm512_mask_expand_epi8(zero, m0, first), _mm512_mask_expand_epi8(zero, m1, second));
+        // The stored bias is for an offset of 8.
+        let t = _mm512_dpbusd_epi32(_mm512_slli_epi32::<4>(x.bias), w0, x.first);
+        let t = _mm512_dpbusd_epi32(t, w1, x.second);
+        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scales(stored, x.d), acc[r]);
+        24 + n0 + m1.count_ones() as usize
+    });
+    sums(acc)
 }
 
 /// A unit is a group of the dense product: four lanes for each of four scales, low nibbles before high ones.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,popcnt")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
 fn dot_q4_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> [f32; R] {
-    let x = x.q4_0();
     let (low, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
     // Byte 7 - i of the matrix selects the bits that make result bit i: bits 4-7 move to 0-3.
     let down = _mm512_set1_epi64(0x1020_4080_0000_0000);
-    let pick = spread(4);
     let mut acc = [_mm512_setzero_ps(); R];
-    for_units!(
-        w,
-        starts,
-        |u, x = (&x.q[u * 128..], lanes(&x.bias[u * 16..]), floats(&x.d4[u * 16..])), reader, r, at| {
-            let (q, bias, d) = (x.0, x.1, x.2);
-            // SAFETY: `at` is within the limit; all reads end before `24 + 64` bytes.
-            let (m0, m1, scales, values) = unsafe {
-                let scales = reader.read::<i64>(at, 16);
-                (reader.read::<u64>(at, 0), reader.read::<u64>(at, 8), scales, reader.read::<__m512i>(at, 24))
-            };
-            let w0 = _mm512_mask_expand_epi8(zero, m0, _mm512_and_si512(values, low));
-            let w1 = _mm512_mask_expand_epi8(zero, m1, _mm512_gf2p8affine_epi64_epi8::<0>(values, down));
-            let t = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(bias, w0, codes(q)), w1, codes(&q[64..]));
-            let s = _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(scales), pick));
-            acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(s, d), acc[r]);
-            24 + m0.count_ones().max(m1.count_ones()) as usize
-        }
-    );
+    for_units!(w, starts, |u, x = Shared::load(x, u), reader, r, at| {
+        // SAFETY: `at` is within the limit; all reads end before `24 + 64` bytes.
+        let (m0, m1, stored, values) = unsafe {
+            let (m0, m1) = (reader.read::<u64>(at, 0), reader.read::<u64>(at, 8));
+            (m0, m1, reader.read::<i64>(at, 16), reader.read::<__m512i>(at, 24))
+        };
+        let w0 = _mm512_mask_expand_epi8(zero, m0, _mm512_and_si512(values, low));
+        let w1 = _mm512_mask_expand_epi8(zero, m1, _mm512_gf2p8affine_epi64_epi8::<0>(values, down));
+        let t = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x.bias, w0, x.first), w1, x.second);
+        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scales(stored, x.d), acc[r]);
+        24 + m0.count_ones().max(m1.count_ones()) as usize
+    });
     sums(acc)
+}
+
+/// Writes units from `at` on in the dense format until `out`, which takes whole ones, is full; returns where the next one
+/// begins. The CPU must have [`crate::Isa::Avx512`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
+pub(super) fn unpack(w: &Bitmap, mut at: usize, out: &mut [u8]) -> usize {
+    let reader = Reader::new(w);
+    for out in out.chunks_exact_mut(stored_unit(w.format())) {
+        if at > reader.limit {
+            // 0xffff is a NaN in BF16 and as an f16 scale.
+            out.fill(0xff);
+            at = usize::MAX;
+            continue;
+        }
+        // SAFETY: `at` is within the limit, and the reads are those of the products.
+        at += unsafe {
+            match w.format() {
+                Format::Bf16 => unpack_bf16(reader, at, out),
+                Format::Q8_0 => unpack_q8_0(reader, at, out),
+                _ => unpack_q4_0(reader, at, out),
+            }
+        };
+    }
+    at
+}
+
+/// # Safety
+/// `at` is within the limit of `reader`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+unsafe fn unpack_bf16(reader: Reader, at: usize, out: &mut [u8]) -> usize {
+    let out: &mut [u8; 128] = out.first_chunk_mut().expect("callers pass room for a unit");
+    // SAFETY: reads by contract and as in the product; the array takes both registers.
+    unsafe {
+        let mask: u64 = reader.read(at, 0);
+        let second = 8 + 2 * (mask as u32).count_ones() as usize;
+        let w0 = _mm512_maskz_expand_epi16(mask as u32, reader.read(at, 8));
+        let w1 = _mm512_maskz_expand_epi16((mask >> 32) as u32, reader.read(at, second));
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), w0);
+        _mm512_storeu_si512(out.as_mut_ptr().add(64).cast(), w1);
+        8 + 2 * mask.count_ones() as usize
+    }
+}
+
+/// # Safety
+/// As [`unpack_bf16`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+unsafe fn unpack_q8_0(reader: Reader, at: usize, out: &mut [u8]) -> usize {
+    let offset = _mm512_set1_epi8(-128);
+    // SAFETY: reads by contract and as in the product.
+    let (m0, m1, scales, w0, w1) = unsafe {
+        let (m0, m1): (u64, u64) = (reader.read(at, 0), reader.read(at, 8));
+        let w0 = _mm512_mask_expand_epi8(offset, m0, reader.read(at, 24));
+        let w1 = _mm512_mask_expand_epi8(offset, m1, reader.read(at, 24 + m0.count_ones() as usize));
+        (m0, m1, reader.read::<[[u8; 2]; 4]>(at, 16), w0, w1)
+    };
+    let halves = [w0, w1].map(|w| quarters(_mm512_xor_si512(w, offset)));
+    for (b, block) in out.as_chunks_mut::<34>().0.iter_mut().enumerate() {
+        block[..2].copy_from_slice(&scales[b]);
+        block[2..18].copy_from_slice(&halves[0][b]);
+        block[18..].copy_from_slice(&halves[1][b]);
+    }
+    24 + (m0.count_ones() + m1.count_ones()) as usize
+}
+
+/// # Safety
+/// As [`unpack_bf16`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+unsafe fn unpack_q4_0(reader: Reader, at: usize, out: &mut [u8]) -> usize {
+    let (low, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
+    // SAFETY: reads by contract and as in the product.
+    let (m0, m1, scales, values) = unsafe {
+        let (m0, m1): (u64, u64) = (reader.read(at, 0), reader.read(at, 8));
+        (m0, m1, reader.read::<[[u8; 2]; 4]>(at, 16), reader.read::<__m512i>(at, 24))
+    };
+    let w0 = _mm512_mask_expand_epi8(zero, m0, _mm512_and_si512(values, low));
+    let w1 = _mm512_mask_expand_epi8(zero, m1, _mm512_and_si512(_mm512_srli_epi16::<4>(values), low));
+    let codes = quarters(_mm512_or_si512(w0, _mm512_slli_epi16::<4>(w1)));
+    for (b, block) in out.as_chunks_mut::<18>().0.iter_mut().enumerate() {
+        block[..2].copy_from_slice(&scales[b]);
+        block[2..].copy_from_slice(&codes[b]);
+    }
+    24 + m0.count_ones().max(m1.count_ones()) as usize
+}
+
+/// The four parts of a register.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(v: __m512i) -> [[u8; 16]; 4] {
+    // SAFETY: both are 64 bytes of plain numbers.
+    unsafe { std::mem::transmute(v) }
 }

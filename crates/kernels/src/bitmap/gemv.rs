@@ -1,6 +1,6 @@
 //! Decode products: the threads' shares of the rows.
 
-use super::Bitmap;
+use super::{Bitmap, operand};
 use crate::gemv::Operand;
 use crate::{Isa, Pool, isa};
 
@@ -13,12 +13,12 @@ pub(super) const WIDE: usize = 4;
 /// Bytes of weights that are used for all vectors before the next ones are read: they stay in the second cache.
 const BLOCK_BYTES: usize = 64 << 10;
 
-/// The products `y_i = W x_i` of some vectors. Each result has the bits that it has alone, and on x86-64 those of the
-/// dense product.
+/// The products `y_i = W x_i` of some vectors. Each result has the bits that it has alone; with AVX2 those of the dense
+/// product, with AVX-512 too, except that Q8_0 rounds its sums in another order there.
 pub struct Job<'a> {
     /// `[out, in]`.
     pub w: Bitmap<'a>,
-    /// Vectors of `w.cols()` numbers, prepared for the format of `w`.
+    /// Vectors of `w.cols()` numbers, prepared for [`super::operand`] of the format of `w`.
     pub x: &'a [&'a Operand],
     /// `x.len()` rows of `w.rows()` results, overwritten.
     pub y: &'a mut [f32],
@@ -71,7 +71,7 @@ impl<'a> Part<'a> {
         assert_eq!(job.y.len(), w.rows() * job.x.len(), "results and rows differ in number");
         for x in job.x {
             assert_eq!(x.len(), w.cols(), "vector and rows differ in length");
-            assert!(x.serves(w.format()), "the vector was not prepared for {}", w.format().name());
+            assert!(x.serves(operand(w.format())), "the vector was not prepared for {}", w.format().name());
         }
         let row = w.data().len() / w.rows().max(1);
         let rows = |bytes: usize| (bytes / row.max(1)).next_multiple_of(WIDE).max(WIDE);

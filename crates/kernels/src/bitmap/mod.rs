@@ -6,14 +6,15 @@
 //! | values | columns | bytes of a unit with `n` values |
 //! |---|---:|---|
 //! | BF16 | 64 | mask (8), values (`2 n`) |
-//! | Q8_0 | 64 | mask (8), two f16 scales (4), codes plus 128 (`n`) |
+//! | Q8_0 | 128 | two masks (16), four f16 scales (8), codes plus 128 (`n0 + n1`) |
 //! | Q4_0 | 128 | two masks (16), four f16 scales (8), codes in nibbles (`max(n0, n1)`) |
 //!
-//! Bit `i` of a mask is column `i` of the unit. Q4_0 follows the order of its blocks instead, so that one integer product
-//! serves a whole unit: the first mask covers columns 0 to 15 of each of the four blocks and its values lie in the low nibbles,
-//! the second covers columns 16 to 31 and its values lie in the high ones. Scales are those of the blocks of 32, so the
-//! numbers are exactly the dense ones; columns behind the last are zeros. Units have no padding between them: where the
-//! next one begins follows from the bits that are set, a chain of some ten cycles that several rows side by side hide.
+//! Bit `i` of a BF16 mask is column `i` of the unit. Block formats take the order of Q4_0 blocks instead, so that one integer
+//! product and one set of scales serve a whole unit: the first mask covers columns 0 to 15 of each of the four blocks, the
+//! second columns 16 to 31. In Q4_0 the values of the first lie in low nibbles, those of the second in high ones. Scales are
+//! those of the blocks of 32, so the numbers are exactly the dense ones; columns behind the last are zeros. Units have no
+//! padding between them: where the next one begins follows from the bits that are set, a chain of some ten cycles that
+//! several rows side by side hide.
 //!
 //! All rows lie in one piece of bytes: `rows + 1` offsets (u64, little-endian, from the start of the piece), the rows, and
 //! [`PADDING`] zeros that let kernels read whole registers.
@@ -53,9 +54,18 @@ pub const FORMATS: [Format; 3] = [Format::Bf16, Format::Q8_0, Format::Q4_0];
 /// Columns of a unit; `None` for formats without such a layout.
 pub const fn unit(format: Format) -> Option<usize> {
     match format {
-        Format::Bf16 | Format::Q8_0 => Some(64),
-        Format::Q4_0 => Some(128),
+        Format::Bf16 => Some(64),
+        Format::Q8_0 | Format::Q4_0 => Some(128),
         Format::F32 | Format::F16 | Format::Q4K | Format::Q6K => None,
+    }
+}
+
+/// What vectors must be prepared for ([`crate::gemv::Operand::prepare`]) to be multiplied with values of `format`.
+pub const fn operand(format: Format) -> Format {
+    match format {
+        // The order of its blocks is that of the units.
+        Format::Q8_0 => Format::Q4_0,
+        other => other,
     }
 }
 
@@ -107,6 +117,15 @@ impl<'a> Bitmap<'a> {
     /// The last place where a unit may begin, so that all reads of it are inside the bytes.
     fn limit(&self) -> usize {
         self.data.len() - PADDING
+    }
+
+    /// Where the unit behind that at `at` begins; beyond everything if that is outside.
+    fn next(&self, at: usize) -> usize {
+        if at > self.limit() {
+            return usize::MAX;
+        }
+        let (first, second) = (mask(&self.data[at..]), mask(&self.data[at + 8..]));
+        at + pack::unit_bytes(self.format, [first, second].map(|m| m.count_ones() as usize))
     }
 
     /// Units of a row.

@@ -1,7 +1,7 @@
 //! From stored rows to units and back.
 
-use super::{Bitmap, OFFSET, PADDING, mask, unit};
-use crate::{Format, Matrix};
+use super::{Bitmap, OFFSET, PADDING, unit};
+use crate::{Format, Isa, Matrix};
 
 /// Bytes of values and their marks in one unit of a row.
 struct Unit {
@@ -33,7 +33,7 @@ impl Unit {
                 for (b, block) in stored.as_chunks::<34>().0.iter().enumerate() {
                     self.scales[b] = [block[0], block[1]];
                     for (i, &q) in block[2..].iter().enumerate() {
-                        self.put(0, b * 32 + i, q != 0, &[q ^ 0x80]);
+                        self.put(i / 16, b * 16 + i % 16, q != 0, &[q ^ 0x80]);
                     }
                 }
             }
@@ -58,35 +58,33 @@ impl Unit {
 
     fn write(&self, format: Format, out: &mut Vec<u8>) {
         out.extend(self.masks[0].to_le_bytes());
-        match format {
-            Format::Bf16 => out.extend_from_slice(&self.values[0]),
-            Format::Q8_0 => {
-                out.extend(self.scales[..2].as_flattened());
-                out.extend_from_slice(&self.values[0]);
-            }
-            _ => {
-                out.extend(self.masks[1].to_le_bytes());
-                out.extend(self.scales.as_flattened());
-                let [low, high] = &self.values;
-                let at = |v: &[u8], i: usize| v.get(i).copied().unwrap_or(0);
-                out.extend((0..low.len().max(high.len())).map(|i| at(low, i) | at(high, i) << 4));
-            }
+        let [low, high] = &self.values;
+        if format == Format::Bf16 {
+            return out.extend_from_slice(low);
+        }
+        out.extend(self.masks[1].to_le_bytes());
+        out.extend(self.scales.as_flattened());
+        if format == Format::Q8_0 {
+            out.extend_from_slice(low);
+            out.extend_from_slice(high);
+        } else {
+            let at = |v: &[u8], i: usize| v.get(i).copied().unwrap_or(0);
+            out.extend((0..low.len().max(high.len())).map(|i| at(low, i) | at(high, i) << 4));
         }
     }
 }
 
-/// Bytes of a unit with these masks.
-pub(super) fn unit_bytes(format: Format, masks: [u64; 2]) -> usize {
-    let n = masks.map(|m| m.count_ones() as usize);
+/// Bytes of a unit whose masks keep `n` values.
+pub(super) fn unit_bytes(format: Format, n: [usize; 2]) -> usize {
     match format {
         Format::Bf16 => 8 + 2 * n[0],
-        Format::Q8_0 => 12 + n[0],
+        Format::Q8_0 => 24 + n[0] + n[1],
         _ => 24 + n[0].max(n[1]),
     }
 }
 
 /// Bytes that the columns of a whole unit take in the dense format.
-fn stored_unit(format: Format) -> usize {
+pub(super) fn stored_unit(format: Format) -> usize {
     unit(format).and_then(|n| format.run_bytes(n)).unwrap_or(1)
 }
 
@@ -115,15 +113,33 @@ pub fn packed_bytes(w: &Matrix) -> Option<(usize, usize)> {
     let format = w.format();
     unit(format)?;
     let (mut bytes, mut kept) = ((w.rows() + 1) * OFFSET + PADDING, 0);
-    let mut one = Unit::new();
     for row in 0..w.rows() {
         for stored in w.row(row).chunks(stored_unit(format)) {
-            one.read(format, stored);
-            bytes += unit_bytes(format, one.masks);
-            kept += one.masks.iter().map(|m| m.count_ones() as usize).sum::<usize>();
+            let n = kept_values(format, stored);
+            bytes += unit_bytes(format, n);
+            kept += n[0] + n[1];
         }
     }
     Some((bytes, w.rows() * w.cols() - kept))
+}
+
+/// How many values of one unit each mask keeps.
+fn kept_values(format: Format, stored: &[u8]) -> [usize; 2] {
+    let count = |bytes: &[u8], kept: fn(u8) -> bool| bytes.iter().map(|&q| usize::from(kept(q))).sum::<usize>();
+    match format {
+        Format::Bf16 => {
+            let kept = |v: &[u8; 2]| usize::from(u16::from_le_bytes(*v) << 1 != 0);
+            [stored.as_chunks::<2>().0.iter().map(kept).sum(), 0]
+        }
+        Format::Q8_0 => {
+            let halves = |b: &[u8; 34]| [count(&b[2..18], |q| q != 0), count(&b[18..], |q| q != 0)];
+            stored.as_chunks::<34>().0.iter().map(halves).fold([0; 2], |a, b| [a[0] + b[0], a[1] + b[1]])
+        }
+        _ => {
+            let halves = |b: &[u8; 18]| [count(&b[2..], |q| q & 15 != 8), count(&b[2..], |q| q >> 4 != 8)];
+            stored.as_chunks::<18>().0.iter().map(halves).fold([0; 2], |a, b| [a[0] + b[0], a[1] + b[1]])
+        }
+    }
 }
 
 /// A place in one row of a matrix, to unpack it piece by piece from left to right.
@@ -144,52 +160,28 @@ impl Cursor {
 
     /// Writes the next columns in the dense format of `w`, as many as `out` takes: whole units, or to the end of the row. Rows
     /// that lead outside the bytes give NaN.
-    pub fn unpack(&mut self, w: &Bitmap, out: &mut [u8]) {
-        for out in out.chunks_mut(stored_unit(w.format)) {
-            self.at = unpack_unit(w, self.at, out);
-        }
+    ///
+    /// # Panics
+    /// If this CPU lacks `isa`.
+    pub fn unpack(&mut self, isa: Isa, w: &Bitmap, out: &mut [u8]) {
+        assert!(isa.is_available(), "{isa} is not available here");
+        let (whole, rest) = out.split_at_mut(out.len() - out.len() % stored_unit(w.format));
+        self.at = match isa {
+            // SAFETY: the assertion checked that the CPU has this instruction set.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => unsafe { super::avx512::unpack(w, self.at, whole) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { super::avx2::unpack(w, self.at, whole) },
+            _ => super::scalar::unpack(w, self.at, whole),
+        };
+        self.at = super::scalar::unpack(w, self.at, rest);
     }
-}
 
-/// Writes one unit; returns where the next one begins.
-fn unpack_unit(w: &Bitmap, at: usize, out: &mut [u8]) -> usize {
-    if at > w.limit() {
-        // 0xffff is a NaN in BF16 and as an f16 scale.
-        out.fill(0xff);
-        return usize::MAX;
-    }
-    let bytes = &w.data[at..];
-    let mut masks = [mask(bytes), 0];
-    match w.format {
-        Format::Bf16 => {
-            let mut values = bytes[8..].as_chunks::<2>().0.iter();
-            for (i, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                *out = if masks[0] >> i & 1 == 1 { values.next().copied().unwrap_or_default() } else { [0; 2] };
-            }
-        }
-        Format::Q8_0 => {
-            let mut values = bytes[12..].iter();
-            for (b, block) in out.as_chunks_mut::<34>().0.iter_mut().enumerate() {
-                block[..2].copy_from_slice(&bytes[8 + 2 * b..][..2]);
-                for (i, q) in block[2..].iter_mut().enumerate() {
-                    let kept = masks[0] >> (b * 32 + i) & 1 == 1;
-                    *q = if kept { values.next().copied().unwrap_or_default() ^ 0x80 } else { 0 };
-                }
-            }
-        }
-        _ => {
-            masks[1] = mask(&bytes[8..]);
-            let (mut low, mut high) = (bytes[24..].iter(), bytes[24..].iter());
-            for (b, block) in out.as_chunks_mut::<18>().0.iter_mut().enumerate() {
-                block[..2].copy_from_slice(&bytes[16 + 2 * b..][..2]);
-                for (i, q) in block[2..].iter_mut().enumerate() {
-                    let bit = b * 16 + i;
-                    let l = if masks[0] >> bit & 1 == 1 { low.next().map_or(0, |v| v & 15) } else { 8 };
-                    let h = if masks[1] >> bit & 1 == 1 { high.next().map_or(0, |v| v >> 4) } else { 8 };
-                    *q = l | h << 4;
-                }
-            }
+    /// Passes over the next `columns`, which must be whole units or lead to the end of the row.
+    pub fn skip(&mut self, w: &Bitmap, columns: usize) {
+        for _ in 0..columns.div_ceil(unit(w.format).unwrap_or(1)) {
+            self.at = w.next(self.at);
         }
     }
-    at + unit_bytes(w.format, masks)
 }
