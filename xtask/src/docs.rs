@@ -1,6 +1,6 @@
 //! Pages generated from the registry of methods and the server's table of fields; `cargo xtask docs` writes them and the tidy test compares them.
 
-use lacuna_core::{method::Method, site::Site, weight::Orientation};
+use lacuna_core::{method::Method, site::Site};
 use lacuna_methods::registry::METHODS;
 use std::{fs, io, path::Path};
 
@@ -56,14 +56,7 @@ fn server() -> String {
 fn section(m: &dyn Method) -> String {
     let paper = m.citation();
     let link = paper.arxiv.map_or(String::new(), |id| format!(" ([arXiv:{id}](https://arxiv.org/abs/{id}))"));
-    let layouts: Vec<_> = m
-        .layouts()
-        .iter()
-        .map(|o| match o {
-            Orientation::OutputMajor => "output-major",
-            Orientation::InputMajor => "input-major",
-        })
-        .collect();
+    let layouts: Vec<_> = m.layouts().iter().map(|o| o.name()).collect();
     let mut out = format!(
         "\n## {}\n\n{}. {}\n\n* Source: {}{link}\n* Weight layouts: {}\n* Use: `{} {}`\n",
         m.name(),

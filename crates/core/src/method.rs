@@ -269,7 +269,8 @@ pub trait Method: Sync {
     fn summary(&self) -> &'static str;
     /// Its parameters; the first is the one that `--sparse name=value` sets.
     fn params(&self) -> &'static [ParamSpec];
-    /// Weight orientations its plan can be computed on; by default either.
+    /// Weight orientations its plan can be computed on; by default either. `InputMajor` stands for all that are read by
+    /// channels.
     fn layouts(&self) -> &'static [Orientation] {
         &[Orientation::OutputMajor, Orientation::InputMajor]
     }

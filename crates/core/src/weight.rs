@@ -1,7 +1,11 @@
 //! Stored weights: a matrix with a format, an orientation, and the bytes that hold it.
 
 use crate::bytes::Bytes;
-use lacuna_kernels::{Format, Matrix};
+use lacuna_kernels::{
+    Format, Matrix,
+    axpy::{Columns, groups::Groups},
+    gemm::Weights,
+};
 
 /// Which axis of `W[out, in]` is contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -10,6 +14,20 @@ pub enum Orientation {
     OutputMajor,
     /// One run per input channel: axpy form.
     InputMajor,
+    /// The codes of each input channel, with the scales of output-major blocks: axpy form of the same numbers
+    /// ([`lacuna_kernels::axpy::groups`]).
+    InputGroups,
+}
+
+impl Orientation {
+    /// The name in pages and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OutputMajor => "output-major",
+            Self::InputMajor => "input-major",
+            Self::InputGroups => "input-groups",
+        }
+    }
 }
 
 /// A weight matrix of a linear layer `y = W x`, as it lies in memory or in a mapped file.
@@ -25,22 +43,50 @@ pub struct Weight {
 impl Weight {
     /// A weight over `bytes`; `None` if their length does not fit the shape.
     pub fn new(format: Format, orientation: Orientation, outputs: usize, inputs: usize, bytes: Bytes) -> Option<Self> {
-        let w = Self { format, orientation, outputs, inputs, bytes };
-        Matrix::new(format, w.runs().0, w.runs().1, &w.bytes)?;
-        Some(w)
+        match orientation {
+            Orientation::OutputMajor => drop(Matrix::new(format, outputs, inputs, &bytes)?),
+            Orientation::InputMajor => drop(Matrix::new(format, inputs, outputs, &bytes)?),
+            Orientation::InputGroups => drop(Groups::new(format, outputs, inputs, &bytes)?),
+        }
+        Some(Self { format, orientation, outputs, inputs, bytes })
     }
 
-    fn runs(&self) -> (usize, usize) {
-        match self.orientation {
+    /// The runs, which is how model files hold weights.
+    ///
+    /// # Panics
+    /// For [`Orientation::InputGroups`], which only the copies of plans have.
+    pub fn matrix(&self) -> Matrix<'_> {
+        let (rows, cols) = match self.orientation {
             Orientation::OutputMajor => (self.outputs, self.inputs),
             Orientation::InputMajor => (self.inputs, self.outputs),
+            Orientation::InputGroups => panic!("a weight by groups has no runs"),
+        };
+        Matrix::new(self.format, rows, cols, &self.bytes).expect("checked when the weight was made")
+    }
+
+    /// The form that matrix products take.
+    pub fn product(&self) -> Weights<'_> {
+        match self.orientation {
+            Orientation::OutputMajor => Weights::OutputMajor(self.matrix()),
+            Orientation::InputMajor => Weights::InputMajor(self.matrix()),
+            Orientation::InputGroups => Weights::Groups(self.groups()),
         }
     }
 
-    /// The view that kernels take.
-    pub fn matrix(&self) -> Matrix<'_> {
-        let (rows, cols) = self.runs();
-        Matrix::new(self.format, rows, cols, &self.bytes).expect("checked when the weight was made")
+    /// The columns, for sums over chosen channels.
+    ///
+    /// # Panics
+    /// For [`Orientation::OutputMajor`].
+    pub fn columns(&self) -> Columns<'_> {
+        match self.orientation {
+            Orientation::InputGroups => Columns::Groups(self.groups()),
+            Orientation::InputMajor => Columns::Runs(self.matrix()),
+            Orientation::OutputMajor => panic!("an output-major weight has no columns"),
+        }
+    }
+
+    fn groups(&self) -> Groups<'_> {
+        Groups::new(self.format, self.outputs, self.inputs, &self.bytes).expect("checked when the weight was made")
     }
 
     /// Storage format.

@@ -1,14 +1,15 @@
 //! Rates of the prefill products beside the peak of the CPU.
 //!
 //! `cargo bench -p lacuna-kernels --bench gemm [-- [format=Q4_0,BF16] [m=512] [threads=1,2]
-//! [shape=2048x8192] [input-major]]`, with `LACUNA_ISA` to force an instruction set. On a busy machine a small shape
+//! [shape=2048x8192] [input-major] [groups]]`, with `LACUNA_ISA` to force an instruction set. On a busy machine a small shape
 //! (`shape=128x2048`) has the better chance of an undisturbed run. Every figure is the best of several runs, in GFLOP/s (2 m n k / time);
 //! "+pack" includes the packing of the activations.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use lacuna_kernels::gemm::{Input, Job, run, run_input_major};
+use lacuna_kernels::axpy::groups::{Groups, bytes};
+use lacuna_kernels::gemm::{Input, Job, Weights, run};
 use lacuna_kernels::{Format, Isa, Matrix, Pool, convert, isa};
 
 /// Outputs and inputs of the linear layers of Llama-3.2-1B.
@@ -24,25 +25,32 @@ fn main() {
         None => default.to_vec(),
     };
     let formats = list("format");
-    let input_major = args.iter().any(|a| a == "input-major");
+    let order = ["input-major", "groups"].into_iter().find(|o| args.iter().any(|a| a == o)).unwrap_or("output-major");
     let shape = list("shape").and_then(|s| s.split_once('x'));
     let shape = shape.and_then(|(n, k)| Some(vec![[n.parse().ok()?, k.parse().ok()?]]));
     let shapes = shape.unwrap_or(SHAPES.to_vec());
-    println!("{} ({}); best of runs, GFLOP/s", isa::get(), if input_major { "input-major" } else { "output-major" });
+    println!("{} ({}); best of runs, GFLOP/s", isa::get(), order);
     print_peaks();
     for format in Format::ALL {
         if formats.is_some_and(|l| !l.split(',').any(|n| n == format.name())) {
             continue;
         }
         for &[n, k] in &shapes {
-            let stored = random_matrix(format, n * k);
-            let (rows, cols) = if input_major { (k, n) } else { (n, k) };
-            let w = Matrix::new(format, rows, cols, &stored).expect("sizes are multiples of every block");
+            let mut stored = random_matrix(format, n * k);
+            let w = match order {
+                "groups" => {
+                    let Some(len) = bytes(format, n, k) else { continue };
+                    stored.resize(len, 0);
+                    Weights::Groups(Groups::new(format, n, k, &stored).expect("this length"))
+                }
+                "input-major" => Weights::InputMajor(Matrix::new(format, k, n, &stored).expect("whole blocks")),
+                _ => Weights::OutputMajor(Matrix::new(format, n, k, &stored).expect("whole blocks")),
+            };
             for &threads in &numbers("threads", &[1, 2]) {
                 let pool = Pool::new(threads);
                 print!("{:5} {n:5} x {k:5}  {threads} threads:", format.name());
                 for &m in &numbers("m", &[1, 4, 16, 64, 512]) {
-                    let [rate, with_pack] = measure(&pool, w, m, n, k, input_major);
+                    let [rate, with_pack] = measure(&pool, w, m, n, k);
                     print!("  m={m} {rate:.0} (+pack {with_pack:.0})");
                 }
                 println!();
@@ -60,11 +68,10 @@ fn random_matrix(format: Format, numbers: usize) -> Vec<u8> {
     bytes.repeat(numbers / part)
 }
 
-fn measure(pool: &Pool, w: Matrix<'_>, m: usize, n: usize, k: usize, input_major: bool) -> [f64; 2] {
+fn measure(pool: &Pool, w: Weights<'_>, m: usize, n: usize, k: usize) -> [f64; 2] {
     let x: Vec<f32> = (0..m * k).map(|i| ((i * 31) % 97) as f32 / 97.0 - 0.5).collect();
     let mut y = vec![0.0; m * n];
     let mut input = Input::new();
-    let product = if input_major { run_input_major } else { run };
     let (mut best, mut best_pack) = (f64::MAX, f64::MAX);
     let start = Instant::now();
     let mut rounds = 0;
@@ -72,7 +79,7 @@ fn measure(pool: &Pool, w: Matrix<'_>, m: usize, n: usize, k: usize, input_major
         let a = Instant::now();
         input.prepare(pool, &x, m, k, &[w.format()]);
         let b = Instant::now();
-        product(pool, &mut [Job { w, x: &input, y: &mut y, accumulate: false }]);
+        run(pool, &mut [Job { w, x: &input, y: &mut y, accumulate: false }]);
         best = best.min(b.elapsed().as_secs_f64());
         best_pack = best_pack.min(a.elapsed().as_secs_f64());
         rounds += 1;

@@ -2,11 +2,16 @@
 //!
 //! `cargo bench -p lacuna-kernels --bench gemv -- [key=value ...]` with `threads=1,2`, `isa=avx512,...` (default: the
 //! one in use), `format=Q4_0,...` (default: all), `mb=512` (bytes of weights), `cols=4096`, `reps=7`,
-//! `what=gemv,axpy,rows,multi8` (`multiN`: N vectors at once), `clock=cpu` (bytes per second of processor time instead of wall time: what one core does on a
+//! `what=gemv,axpy,groups,rows,multi8` (`groups`: block formats as columns with their own scales, in matrices of 8192 inputs;
+//! `multiN`: N vectors at once), `clock=cpu` (bytes per second of processor time instead of wall time: what one core does on a
 //! machine that others use too). Products and probe are interleaved; each line gives the median rate in GB/s, the best, and the
 //! median of the ratio to the probe pass that ran just before.
 
-use lacuna_kernels::{Format, Isa, Matrix, Pool, axpy, gemv, isa, probe};
+use lacuna_kernels::{
+    Format, Isa, Matrix, Pool,
+    axpy::{self, Columns, groups},
+    gemv, isa, probe,
+};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -74,6 +79,8 @@ struct Bench {
     others: Vec<gemv::Operand>,
 }
 
+/// Channels of a matrix of `groups`.
+const INPUTS: usize = 8192;
 /// Most vectors of `multiN`.
 const VECTORS: usize = 16;
 
@@ -105,10 +112,23 @@ impl Bench {
         let w = Matrix::new(self.format, self.rows, self.cols, &self.data).expect("sizes fit");
         let index: Vec<u32> = (0..self.rows as u32).filter(|&i| keep(i, kept)).collect();
         let value = vec![0.5; index.len()];
+        let inputs = INPUTS.min(self.rows / 32 * 32);
+        let part: Vec<u32> = index.iter().copied().take_while(|i| (*i as usize) < inputs).collect();
+        let columns: Vec<groups::Groups> = match groups::bytes(self.format, self.cols, inputs) {
+            // On whole lines, as mapped layouts are.
+            Some(len) => self.data[self.data.as_ptr().align_offset(64)..]
+                .chunks_exact(len)
+                .filter_map(|d| groups::Groups::new(self.format, self.cols, inputs, d))
+                .collect(),
+            None => Vec::new(),
+        };
         let vectors = what.strip_prefix("multi").map_or(1, |n| n.parse().expect("a number of vectors"));
         let xs: Vec<&gemv::Operand> = self.others.iter().take(vectors).collect();
-        let mut y = vec![0.0; (self.rows * vectors).max(self.cols)];
-        let bytes = (index.len() * w.row_bytes()) as f64;
+        let mut y = vec![0.0; (self.rows * vectors).max(self.cols * columns.len().max(1))];
+        let bytes = match what {
+            "groups" => columns.iter().map(|w| w.bytes_of(&part)).sum::<usize>() as f64,
+            _ => (index.len() * w.row_bytes()) as f64,
+        };
         let (mut rates, mut ratios, mut reads) = (Vec::new(), Vec::new(), Vec::new());
         for rep in 0..=reps {
             let start = clock();
@@ -123,7 +143,19 @@ impl Bench {
                 }
                 "axpy" => {
                     let y = &mut y[..self.cols];
-                    axpy::run_on(isa, pool, &mut [axpy::Job { wt: w, index: &index, value: &value, y }]);
+                    axpy::run_on(isa, pool, &mut [axpy::Job { w: w.into(), index: &index, value: &value, y }]);
+                }
+                "groups" => {
+                    let jobs = columns.iter().zip(y.chunks_exact_mut(self.cols));
+                    let mut jobs: Vec<_> = jobs
+                        .map(|(w, y)| axpy::Job {
+                            w: Columns::Groups(*w),
+                            index: &part,
+                            value: &value[..part.len()],
+                            y,
+                        })
+                        .collect();
+                    axpy::run_on(isa, pool, &mut jobs);
                 }
                 what if what.starts_with("multi") => {
                     let y = &mut y[..self.rows * xs.len()];

@@ -89,7 +89,8 @@ impl ChatTemplate {
     /// # Errors
     /// A template that is too long or does not compile, or a worker that cannot be started.
     pub fn new(text: &str, bos: String, eos: String, source: &str, worker: Option<Arc<Worker>>) -> Result<Self> {
-        let template = |rendering| Self { rendering, text: text.into(), source: source.into(), fallback: false, bos, eos };
+        let template =
+            |rendering| Self { rendering, text: text.into(), source: source.into(), fallback: false, bos, eos };
         let error = |problem| Error::Template { file: source.into(), problem };
         if text.len() > MAX_TEMPLATE {
             return Err(error(format!("{} bytes, more than the {MAX_TEMPLATE} allowed", text.len())));

@@ -312,7 +312,7 @@ fn linear(w: &Linear, x: &[f32]) -> Vec<f32> {
         for t in 0..n {
             match w.weight.orientation() {
                 Orientation::OutputMajor => y[t * outputs + r] += dot(&run, &x[t * inputs..][..inputs]),
-                Orientation::InputMajor => axpy(x[t * inputs + r], &run, &mut y[t * outputs..][..outputs]),
+                _ => axpy(x[t * inputs + r], &run, &mut y[t * outputs..][..outputs]),
             }
         }
     }

@@ -260,7 +260,7 @@ fn a_plan_for_other_weights_or_places_is_refused() {
 }
 
 #[test]
-fn quantised_files_run_from_cached_copies_and_odd_rows_from_f16() {
+fn quantised_files_run_from_cached_copies_of_the_same_numbers() {
     for kind in ["q8_0", "q4_0"] {
         let Some(file) = shared(&format!("models/stories260K/gguf/stories260K-{kind}.gguf")) else { return };
         let model = model(&file);
@@ -274,15 +274,17 @@ fn quantised_files_run_from_cached_copies_and_odd_rows_from_f16() {
         };
         let first = with_cache();
         let notes = first.notes.join("\n");
-        assert!(
-            notes.contains("kept as F16") && notes.contains("172 outputs") && notes.contains("quantised again"),
-            "{notes}"
-        );
+        assert!(!notes.contains("quantised again"), "{notes}");
         let second = with_cache();
         let runs = [&first, &second].map(|c| logits(&engine(&c.model, Some(c)), &tokens, 4));
         assert!(same_bits(&runs[0], &runs[1]), "made and mapped copies are the same");
         let dense = logits(&engine(&first.model, None), &tokens, 4);
         assert!(same_bits(&runs[0], &dense), "{kind}: all channels kept");
+        // The same codes, scales and integer sums as in the file; only the order of the sums over blocks differs.
+        let file = logits(&engine(&model, None), &tokens, 4);
+        let range = file.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        let worst = file.iter().zip(&dense).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= 2e-3 * range, "{kind}: {worst} of {range}");
         let files = std::fs::read_dir(dir.path().join("layouts").join(&model.hash)).unwrap().count();
         assert_eq!(files, plan.entries.len());
         // A kill in mid-write leaves a temporary file and no copy; damage is found by the checksum.

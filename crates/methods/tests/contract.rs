@@ -13,7 +13,12 @@ use lacuna_core::{
     tensor::Tensor,
     weight::Orientation,
 };
-use lacuna_kernels::{Format, Matrix, Pool, axpy, convert::encode_run, gemv, isa, select};
+use lacuna_kernels::{
+    Format, Matrix, Pool,
+    axpy::{self, Columns, groups},
+    convert::encode_run,
+    gemv, isa, select,
+};
 use lacuna_methods::registry::{METHODS, parse};
 use std::collections::BTreeMap;
 
@@ -271,7 +276,7 @@ fn full_budget_has_the_bits_of_dense() {
                         let x = &values[..width];
                         let equal = match layout {
                             Orientation::InputMajor => axpy_equal(&pool, isa, format, entry.rule.selector(), x),
-                            Orientation::OutputMajor => rows_equal(&pool, isa, format, entry.rule.selector(), x),
+                            _ => rows_equal(&pool, isa, format, entry.rule.selector(), x),
                         };
                         assert!(equal, "{} {layout:?} {format:?} {isa:?} {entry:?}", method.name());
                     }
@@ -308,13 +313,18 @@ fn select(isa: lacuna_kernels::Isa, selector: &Selector, x: &[f32], signed: bool
 /// Columns of kept channels against all columns.
 fn axpy_equal(pool: &Pool, isa: lacuna_kernels::Isa, format: Format, selector: &Selector, x: &[f32]) -> bool {
     let bytes = matrix(format, x.len(), WIDTH);
-    let wt = Matrix::new(format, x.len(), WIDTH, &bytes).unwrap();
+    let runs = Columns::Runs(Matrix::new(format, x.len(), WIDTH, &bytes).unwrap());
+    let by_output = matrix(format, WIDTH, x.len());
+    let packed = groups::pack(&Matrix::new(format, WIDTH, x.len(), &by_output).unwrap());
+    let groups = packed.as_deref().and_then(|p| groups::Groups::new(format, WIDTH, x.len(), p)).map(Columns::Groups);
     let all: Vec<u32> = (0..x.len() as u32).collect();
     let (index, value) = select(isa, selector, x, false);
-    let (mut sparse, mut dense) = (vec![0.0; WIDTH], vec![1.0; WIDTH]);
-    axpy::run_on(isa, pool, &mut [axpy::Job { wt, index: &index, value: &value, y: &mut sparse }]);
-    axpy::run_on(isa, pool, &mut [axpy::Job { wt, index: &all, value: x, y: &mut dense }]);
-    sparse.iter().zip(&dense).all(|(a, b)| a.to_bits() == b.to_bits())
+    [Some(runs), groups].into_iter().flatten().all(|w| {
+        let (mut sparse, mut dense) = (vec![0.0; WIDTH], vec![1.0; WIDTH]);
+        axpy::run_on(isa, pool, &mut [axpy::Job { w, index: &index, value: &value, y: &mut sparse }]);
+        axpy::run_on(isa, pool, &mut [axpy::Job { w, index: &all, value: x, y: &mut dense }]);
+        sparse.iter().zip(&dense).all(|(a, b)| a.to_bits() == b.to_bits())
+    })
 }
 
 /// Rows of kept neurons against the same rows among all.

@@ -2,7 +2,7 @@
 
 use crate::{Outcome, table::Table};
 use anyhow::Result;
-use lacuna_core::{method::Method, site::Site, weight::Orientation};
+use lacuna_core::{method::Method, site::Site};
 use lacuna_methods::registry::{METHODS, find};
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
@@ -56,11 +56,7 @@ fn usage(m: &dyn Method) -> String {
 }
 
 fn layouts(m: &dyn Method) -> Vec<&'static str> {
-    let name = |o: &Orientation| match o {
-        Orientation::OutputMajor => "output-major",
-        Orientation::InputMajor => "input-major",
-    };
-    m.layouts().iter().map(name).collect()
+    m.layouts().iter().map(|o| o.name()).collect()
 }
 
 fn describe(m: &dyn Method) -> Value {

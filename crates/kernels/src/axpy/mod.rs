@@ -1,4 +1,4 @@
-//! Decode products in input-major form: a weighted sum of chosen rows of `W^T`, straight from the stored blocks.
+//! Decode products in input-major form: a weighted sum of chosen columns of `W`, straight from the stored blocks.
 //!
 //! Channels whose value is exactly zero are skipped: leaving them out of the index gives the same bits. The others are
 //! added in an order that depends on their number alone, so neither the threads nor other sums change a bit.
@@ -7,6 +7,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod groups;
 pub mod multi;
 mod scalar;
 #[cfg(test)]
@@ -16,18 +17,64 @@ use crate::{Format, Isa, Matrix, Pool, elementwise, isa};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::ops::Range;
+use std::ptr;
 use std::slice::from_raw_parts_mut;
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::AcqRel},
+};
 
-/// One product `y = sum_i value[i] * WT[index[i], :]`.
+/// The columns of a weight `W[out, in]`, one per input channel.
+#[derive(Clone, Copy, Debug)]
+pub enum Columns<'a> {
+    /// `W^T[in, out]`: a run per channel.
+    Runs(Matrix<'a>),
+    /// Codes per channel, scales per group of channels.
+    Groups(groups::Groups<'a>),
+}
+
+impl Columns<'_> {
+    /// Number of channels.
+    pub fn inputs(&self) -> usize {
+        match self {
+            Self::Runs(m) => m.rows(),
+            Self::Groups(g) => g.inputs(),
+        }
+    }
+
+    /// Length of a channel.
+    pub fn outputs(&self) -> usize {
+        match self {
+            Self::Runs(m) => m.cols(),
+            Self::Groups(g) => g.outputs(),
+        }
+    }
+
+    /// Bytes that a sum over the channels `index` (ascending) reads.
+    pub fn bytes_of(&self, index: &[u32]) -> usize {
+        match self {
+            Self::Runs(m) => index.len() * m.row_bytes(),
+            Self::Groups(g) => g.bytes_of(index),
+        }
+    }
+}
+
+impl<'a> From<Matrix<'a>> for Columns<'a> {
+    /// Of `W^T[in, out]`.
+    fn from(wt: Matrix<'a>) -> Self {
+        Self::Runs(wt)
+    }
+}
+
+/// One product `y = sum_i value[i] * W[:, index[i]]`.
 pub struct Job<'a> {
-    /// `[in, out]`: a row per input channel.
-    pub wt: Matrix<'a>,
-    /// Channel numbers, each below `wt.rows()`; ascending order reads memory best.
+    /// The weight by its columns.
+    pub w: Columns<'a>,
+    /// Channel numbers, each below `w.inputs()`; ascending order reads memory best.
     pub index: &'a [u32],
     /// What each channel is multiplied with; as many as `index`.
     pub value: &'a [f32],
-    /// `wt.cols()` results, overwritten.
+    /// `w.outputs()` results, overwritten.
     pub y: &'a mut [f32],
 }
 
@@ -44,12 +91,13 @@ pub fn run(pool: &Pool, jobs: &mut [Job]) {
 /// # Panics
 /// As [`run`], and if this CPU lacks `isa`.
 pub fn run_on(isa: Isa, pool: &Pool, jobs: &mut [Job]) {
-    let parts = jobs.iter_mut().map(|job| Part::new(job.wt, &[(job.index, job.value)], job.y)).collect();
+    assert!(isa.is_available(), "{isa} is not available here");
+    let mut made = Made::default();
+    let parts = jobs.iter_mut().map(|job| Part::new(isa, job.w, &[(job.index, job.value)], job.y, &mut made)).collect();
     run_parts(isa, pool, parts);
 }
 
 fn run_parts(isa: Isa, pool: &Pool, mut parts: Vec<Part>) {
-    assert!(isa.is_available(), "{isa} is not available here");
     let mut scratch = SCRATCH.take();
     let wanted = parts.iter().map(Part::scratch).sum();
     if scratch.len() < wanted {
@@ -88,10 +136,55 @@ const CLAIMS: usize = 8;
 /// Bytes of weights that all sums of a job use before the next ones are read: they stay in the second cache.
 const SHARED: usize = 256 << 10;
 
-/// One sum of a job; the channels whose value is zero are left out.
+/// What a sum adds up: the channels whose value is not zero.
+enum Terms<'a> {
+    /// Channels and their values.
+    Runs(Matrix<'a>, Cow<'a, [u32]>, Cow<'a, [f32]>),
+    /// Channels by groups, with their values in integers.
+    Groups(groups::Groups<'a>, Arc<groups::Operand>),
+}
+
+/// Values in integers that projections of one input share: the list, its format, and what was made of them.
+type Made<'a> = Vec<(&'a [u32], &'a [f32], Format, Arc<groups::Operand>)>;
+
+impl<'a> Terms<'a> {
+    fn new(isa: Isa, w: Columns<'a>, index: &'a [u32], value: &'a [f32], made: &mut Made<'a>) -> Self {
+        if let Columns::Groups(w) = w {
+            let same =
+                |m: &&(&[u32], &[f32], Format, _)| ptr::eq(m.0, index) && ptr::eq(m.1, value) && m.2 == w.format();
+            if let Some((.., operand)) = made.iter().find(same) {
+                return Self::Groups(w, operand.clone());
+            }
+        }
+        let list = (index, value);
+        let (mut index, mut value) = (Cow::Borrowed(index), Cow::Borrowed(value));
+        if value.contains(&0.0) {
+            let live = index.iter().zip(&*value).filter(|&(_, &value)| value != 0.0);
+            let (some_index, some_value) = live.unzip();
+            (index, value) = (Cow::Owned(some_index), Cow::Owned(some_value));
+        }
+        match w {
+            Columns::Runs(wt) => Self::Runs(wt, index, value),
+            Columns::Groups(w) => {
+                let operand = Arc::new(groups::Operand::new(isa, &w, &index, &value));
+                made.push((list.0, list.1, w.format(), operand.clone()));
+                Self::Groups(w, operand)
+            }
+        }
+    }
+
+    /// How many there are to cut into chunks, and the chunks that pay.
+    fn len(&self) -> (usize, usize) {
+        match self {
+            Self::Runs(_, index, _) => (index.len(), index.len() / CHUNK),
+            Self::Groups(_, x) => (x.len(), x.channels() / CHUNK),
+        }
+    }
+}
+
+/// One sum of a job.
 struct Sum<'a> {
-    index: Cow<'a, [u32]>,
-    value: Cow<'a, [f32]>,
+    terms: Terms<'a>,
     chunks: usize,
     y: *mut f32,
     /// The sums of each chunk, if there are several.
@@ -99,18 +192,26 @@ struct Sum<'a> {
 }
 
 impl<'a> Sum<'a> {
-    fn new(wt: &Matrix, (index, value): (&'a [u32], &'a [f32]), slices: usize, y: &mut [f32]) -> Self {
+    fn new(
+        (isa, w): (Isa, Columns<'a>),
+        (index, value): (&'a [u32], &'a [f32]),
+        slices: usize,
+        y: &mut [f32],
+        made: &mut Made<'a>,
+    ) -> Self {
         assert_eq!(index.len(), value.len(), "channels and values differ in number");
-        let rows = wt.rows();
-        assert!(index.iter().all(|&i| (i as usize) < rows), "a channel number is not below {rows}");
-        let (mut index, mut value) = (Cow::Borrowed(index), Cow::Borrowed(value));
-        if value.contains(&0.0) {
-            let live = index.iter().zip(&*value).filter(|&(_, &value)| value != 0.0);
-            let (some_index, some_value) = live.unzip();
-            (index, value) = (Cow::Owned(some_index), Cow::Owned(some_value));
-        }
-        let chunks = (index.len() / CHUNK).min(CLAIMS / slices.max(1)).max(1);
-        Self { index, value, chunks, y: y.as_mut_ptr(), partial: std::ptr::null_mut() }
+        let inputs = w.inputs();
+        assert!(index.iter().all(|&i| (i as usize) < inputs), "a channel number is not below {inputs}");
+        let terms = Terms::new(isa, w, index, value, made);
+        let (parts, chunks) = terms.len();
+        let chunks = chunks.min(CLAIMS / slices.max(1)).min(parts).max(1);
+        Self { terms, chunks, y: y.as_mut_ptr(), partial: ptr::null_mut() }
+    }
+
+    /// The terms of `chunk`.
+    fn range(&self, chunk: usize) -> Range<usize> {
+        let cut = |chunk: usize| chunk * self.terms.len().0 / self.chunks;
+        cut(chunk)..cut(chunk + 1)
     }
 
     /// Where the sums of `chunk` go in a matrix of `cols` columns.
@@ -124,7 +225,7 @@ impl<'a> Sum<'a> {
 /// reads best. The cut of a sum depends on it alone, and its chunks are added in order, so neither the threads nor
 /// the other sums change a bit.
 struct Part<'a> {
-    wt: Matrix<'a>,
+    w: Columns<'a>,
     sums: Vec<Sum<'a>>,
     /// Claims per slice: the most chunks of a sum.
     per_slice: usize,
@@ -138,25 +239,25 @@ unsafe impl Sync for Part<'_> {}
 
 impl<'a> Part<'a> {
     /// `y` has a row per sum.
-    fn new(wt: Matrix<'a>, x: &[(&'a [u32], &'a [f32])], y: &'a mut [f32]) -> Self {
-        let cols = wt.cols();
+    fn new(isa: Isa, w: Columns<'a>, x: &[(&'a [u32], &'a [f32])], y: &'a mut [f32], made: &mut Made<'a>) -> Self {
+        let cols = w.outputs();
         assert_eq!(y.len(), cols * x.len(), "results and columns differ in number");
         let slices = cols.div_ceil(SLICE);
         let rows = y.chunks_exact_mut(cols.max(1));
-        let sums: Vec<_> = x.iter().zip(rows).map(|(&x, y)| Sum::new(&wt, x, slices, y)).collect();
+        let sums: Vec<_> = x.iter().zip(rows).map(|(&x, y)| Sum::new((isa, w), x, slices, y, made)).collect();
         let per_slice = sums.iter().map(|s| s.chunks).max().unwrap_or(0);
         let left = (0..slices).map(|_| AtomicUsize::new(per_slice)).collect();
-        Self { wt, sums, per_slice, left }
+        Self { w, sums, per_slice, left }
     }
 
     fn scratch(&self) -> usize {
-        self.sums.iter().filter(|s| s.chunks > 1).map(|s| s.chunks * self.wt.cols()).sum()
+        self.sums.iter().filter(|s| s.chunks > 1).map(|s| s.chunks * self.w.outputs()).sum()
     }
 
     /// Takes [`Part::scratch`] numbers and returns the others.
     fn take_scratch<'b>(&mut self, mut rest: &'b mut [f32]) -> &'b mut [f32] {
         for sum in self.sums.iter_mut().filter(|s| s.chunks > 1) {
-            let (own, others) = rest.split_at_mut(sum.chunks * self.wt.cols());
+            let (own, others) = rest.split_at_mut(sum.chunks * self.w.outputs());
             (sum.partial, rest) = (own.as_mut_ptr(), others);
         }
         rest
@@ -168,7 +269,7 @@ impl<'a> Part<'a> {
 
     fn run_claim(&self, isa: Isa, claim: usize) {
         let (slice, claim) = (claim / self.per_slice, claim % self.per_slice);
-        let cols = self.wt.cols();
+        let cols = self.w.outputs();
         let width = cols.div_ceil(self.left.len()).next_multiple_of(ALIGN);
         let first = (slice * width).min(cols);
         let len = width.min(cols - first);
@@ -180,15 +281,14 @@ impl<'a> Part<'a> {
             for chunk in (0..sum.chunks).filter(|chunk| chunk * self.per_slice / sum.chunks == claim) {
                 let out = place(sum.target(chunk, cols));
                 out.fill(0.0);
-                work.push((Channels::new(self, sum, chunk, (first, len)), out));
+                work.push((Work::new(sum, chunk, (first, len)), out));
             }
         }
-        let most = work.iter().map(|(channels, _)| channels.len() * channels.bytes).max().unwrap_or(0);
+        let most = work.iter().map(|(work, _)| work.bytes()).max().unwrap_or(0);
         let steps = if work.len() > 1 { most.div_ceil(SHARED).max(1) } else { 1 };
         for step in 0..steps {
-            for (channels, out) in &mut work {
-                channels.step = (step, steps);
-                accumulate(isa, channels, out);
+            for (work, out) in &mut work {
+                work.add(isa, (step, steps), out);
             }
         }
         if self.left[slice].fetch_sub(1, AcqRel) == 1 {
@@ -197,6 +297,49 @@ impl<'a> Part<'a> {
                 let y = place(sum.y);
                 y.fill(0.0);
                 (0..sum.chunks).for_each(|chunk| elementwise::add(y, place(sum.target(chunk, cols))));
+            }
+        }
+    }
+}
+
+/// A chunk of a sum in one slice of outputs.
+enum Work<'a> {
+    Runs(Channels<'a>),
+    Groups { w: groups::Groups<'a>, x: &'a groups::Operand, range: Range<usize>, first: usize, len: usize },
+}
+
+impl<'a> Work<'a> {
+    /// Outputs `first..first + len`; `first` is a multiple of [`ALIGN`].
+    fn new(sum: &'a Sum<'a>, chunk: usize, (first, len): (usize, usize)) -> Self {
+        let range = sum.range(chunk);
+        match &sum.terms {
+            Terms::Runs(wt, index, value) => {
+                Self::Runs(Channels::new(*wt, &index[range.clone()], &value[range], (first, len)))
+            }
+            Terms::Groups(w, x) => Self::Groups { w: *w, x, range, first, len },
+        }
+    }
+
+    /// Bytes of codes, about.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Runs(channels) => channels.len() * channels.bytes,
+            Self::Groups { w, range, len, .. } => {
+                range.len() * groups::GROUP * w.row_bytes() * len / w.outputs().max(1)
+            }
+        }
+    }
+
+    /// Adds one of several steps to `y`.
+    fn add(&mut self, isa: Isa, step: (usize, usize), y: &mut [f32]) {
+        match self {
+            Self::Runs(channels) => {
+                channels.step = step;
+                accumulate(isa, channels, y);
+            }
+            Self::Groups { w, x, range, first, .. } => {
+                let cut = |n: usize| range.start + range.len() * n / step.1;
+                groups::add(isa, w, x, cut(step.0)..cut(step.0 + 1), *first, y);
             }
         }
     }
@@ -216,15 +359,12 @@ struct Channels<'a> {
 }
 
 impl<'a> Channels<'a> {
-    /// A chunk of a sum in columns `first..first + len`; `first` is a multiple of [`ALIGN`].
-    fn new(part: &Part<'a>, sum: &'a Sum<'a>, chunk: usize, (first, len): (usize, usize)) -> Self {
-        let format = part.wt.format();
+    /// Channels in columns `first..first + len`; `first` is a multiple of [`ALIGN`].
+    fn new(wt: Matrix<'a>, index: &'a [u32], value: &'a [f32], (first, len): (usize, usize)) -> Self {
+        let format = wt.format();
         let at = |n: usize| n / format.block_len() * format.block_bytes();
         let (start, bytes) = (at(first), at(len));
-        let (data, stride) = (part.wt.data(), part.wt.row_bytes());
-        let cut = |chunk: usize| chunk * sum.index.len() / sum.chunks;
-        let (index, value) = (&sum.index[cut(chunk)..cut(chunk + 1)], &sum.value[cut(chunk)..cut(chunk + 1)]);
-        Self { format, data, index, value, stride, start, bytes, step: (0, 1) }
+        Self { format, data: wt.data(), index, value, stride: wt.row_bytes(), start, bytes, step: (0, 1) }
     }
 
     fn len(&self) -> usize {

@@ -1,18 +1,18 @@
-//! Several weighted sums over one input-major matrix: a channel that more than one of them uses comes from memory once.
+//! Several weighted sums over the columns of one matrix: a channel that more than one of them uses comes from memory once.
 //!
 //! Each sum goes over its own channels as it does alone, so it has the bits that [`super::run`] gives; the sums take
 //! turns with the same weights, and the union of the channels is never computed with.
 
-use super::{Part, run_parts};
-use crate::{Isa, Matrix, Pool, isa};
+use super::{Columns, Made, Part, run_parts};
+use crate::{Isa, Pool, isa};
 
-/// The sums `y_k = sum_i value_k[i] * WT[index_k[i], :]`.
+/// The sums `y_k = sum_i value_k[i] * W[:, index_k[i]]`.
 pub struct Job<'a> {
-    /// `[in, out]`: a row per input channel.
-    pub wt: Matrix<'a>,
-    /// For each sum its channel numbers, each below `wt.rows()` (only ascending ones are shared well), and their values.
+    /// The weight by its columns.
+    pub w: Columns<'a>,
+    /// For each sum its channel numbers, each below `w.inputs()` (only ascending ones are shared well), and their values.
     pub x: &'a [(&'a [u32], &'a [f32])],
-    /// `x.len()` rows of `wt.cols()` results, overwritten.
+    /// `x.len()` rows of `w.outputs()` results, overwritten.
     pub y: &'a mut [f32],
 }
 
@@ -29,7 +29,9 @@ pub fn run(pool: &Pool, jobs: &mut [Job]) {
 /// # Panics
 /// As [`run`], and if this CPU lacks `isa`.
 pub fn run_on(isa: Isa, pool: &Pool, jobs: &mut [Job]) {
-    let parts = jobs.iter_mut().map(|job| Part::new(job.wt, job.x, job.y)).collect();
+    assert!(isa.is_available(), "{isa} is not available here");
+    let mut made = Made::default();
+    let parts = jobs.iter_mut().map(|job| Part::new(isa, job.w, job.x, job.y, &mut made)).collect();
     run_parts(isa, pool, parts);
 }
 
@@ -37,7 +39,7 @@ pub fn run_on(isa: Isa, pool: &Pool, jobs: &mut [Job]) {
 mod tests {
     use super::*;
     use crate::testing::{Random, stored};
-    use crate::{Format, axpy};
+    use crate::{Format, Matrix, axpy};
 
     #[test]
     fn every_sum_has_the_bits_it_has_alone() {
@@ -59,10 +61,10 @@ mod tests {
                 for isa in isa::available() {
                     let x: Vec<(&[u32], &[f32])> = lists.iter().map(|(i, v)| (&i[..], &v[..])).collect();
                     let mut y = vec![f32::NAN; x.len() * cols];
-                    run_on(isa, &Pool::new(2), &mut [Job { wt, x: &x, y: &mut y }]);
+                    run_on(isa, &Pool::new(2), &mut [Job { w: wt.into(), x: &x, y: &mut y }]);
                     for ((index, value), y) in lists.iter().zip(y.chunks_exact(cols)) {
                         let mut want = vec![f32::NAN; cols];
-                        axpy::run_on(isa, &Pool::new(1), &mut [axpy::Job { wt, index, value, y: &mut want }]);
+                        axpy::run_on(isa, &Pool::new(1), &mut [axpy::Job { w: wt.into(), index, value, y: &mut want }]);
                         let same = y.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits());
                         assert!(same, "{format:?} {isa} {rows} x {cols}, {} channels", index.len());
                     }

@@ -42,7 +42,7 @@ fn every_format_on_every_isa() {
             }
             for isa in isa::available() {
                 let mut y = vec![f32::NAN; cols];
-                run_on(isa, &pool, &mut [Job { wt, index: &index, value: &value, y: &mut y }]);
+                run_on(isa, &pool, &mut [Job { w: wt.into(), index: &index, value: &value, y: &mut y }]);
                 for c in 0..cols {
                     let error = (f64::from(y[c]) - sum[c]).abs();
                     assert!(error <= 1e-6 * size[c] + 1e-7, "{format:?} {isa} {rows}x{cols}: {} for {}", y[c], sum[c]);
@@ -67,11 +67,11 @@ fn threads_and_zeros_change_no_bit() {
             let (mut index, mut value) = (Vec::new(), Vec::new());
             crate::select::nonzero(isa, &x, &mut index, &mut value);
             let mut first = vec![0.0; cols];
-            run_on(isa, &pools[0], &mut [Job { wt, index: &all, value: &x, y: &mut first }]);
+            run_on(isa, &pools[0], &mut [Job { w: wt.into(), index: &all, value: &x, y: &mut first }]);
             for pool in &pools {
                 let (mut a, mut b) = (vec![1.0; cols], vec![2.0; cols]);
-                let dense = Job { wt, index: &all, value: &x, y: &mut a };
-                run_on(isa, pool, &mut [dense, Job { wt, index: &index, value: &value, y: &mut b }]);
+                let dense = Job { w: wt.into(), index: &all, value: &x, y: &mut a };
+                run_on(isa, pool, &mut [dense, Job { w: wt.into(), index: &index, value: &value, y: &mut b }]);
                 assert_eq!(bits(&a), bits(&first), "{format:?} {isa}");
                 assert_eq!(bits(&b), bits(&first), "{format:?} {isa}");
             }
@@ -92,7 +92,7 @@ fn bad_numbers_surface() {
             value[at] = bad;
             for isa in isa::available() {
                 let mut y = vec![0.0; cols];
-                run_on(isa, &Pool::new(1), &mut [Job { wt, index: &index, value: &value, y: &mut y }]);
+                run_on(isa, &Pool::new(1), &mut [Job { w: wt.into(), index: &index, value: &value, y: &mut y }]);
                 assert!(y.iter().all(|y| !y.is_finite()), "{format:?} {isa} {bad}");
             }
         }
@@ -119,7 +119,7 @@ fn one_channel_far_above_the_others() {
             let largest = f64::from(outlier).max(1.0) * 0.1;
             for isa in isa::available() {
                 let mut y = vec![0.0; cols];
-                run_on(isa, &Pool::new(1), &mut [Job { wt, index: &index, value: &value, y: &mut y }]);
+                run_on(isa, &Pool::new(1), &mut [Job { w: wt.into(), index: &index, value: &value, y: &mut y }]);
                 for (y, exact) in y.iter().zip(&exact) {
                     let error = (f64::from(*y) - exact).abs();
                     assert!(error <= 1e-6 * (exact.abs() + largest * 128.0), "{format:?} {isa} {outlier}: {y} {exact}");
@@ -134,7 +134,7 @@ fn no_channel_gives_zeros() {
     let wt = Matrix::new(Format::Q8_0, 2, 32, &[1; 68]).unwrap();
     for isa in isa::available() {
         let mut y = [f32::NAN; 32];
-        run_on(isa, &Pool::new(1), &mut [Job { wt, index: &[], value: &[], y: &mut y }]);
+        run_on(isa, &Pool::new(1), &mut [Job { w: wt.into(), index: &[], value: &[], y: &mut y }]);
         assert_eq!(y, [0.0; 32]);
     }
 }
@@ -143,5 +143,5 @@ fn no_channel_gives_zeros() {
 #[should_panic(expected = "not below")]
 fn channel_out_of_range_is_refused() {
     let wt = Matrix::new(Format::F32, 1, 1, &[0; 4]).unwrap();
-    run(&Pool::new(1), &mut [Job { wt, index: &[1], value: &[1.0], y: &mut [0.0] }]);
+    run(&Pool::new(1), &mut [Job { w: wt.into(), index: &[1], value: &[1.0], y: &mut [0.0] }]);
 }

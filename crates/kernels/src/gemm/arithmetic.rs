@@ -1,16 +1,8 @@
-//! Which arithmetic a product uses: a function of instruction set, format and orientation only.
+//! Which arithmetic a product uses: a function of instruction set and weights only.
 
+use super::Weights;
 use crate::Format;
 use crate::isa::Isa;
-
-/// How the weights lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Orientation {
-    /// `[outputs, inputs]`.
-    OutputMajor,
-    /// `[inputs, outputs]`.
-    InputMajor,
-}
 
 /// The number types of the inner loop; sums are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +16,12 @@ pub(crate) enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// The arithmetic for weights of `format`.
-    pub(crate) fn of(isa: Isa, format: Format, orientation: Orientation) -> Self {
+    /// The arithmetic for weights of `format`; `input_major` ones have their blocks along the outputs.
+    pub(crate) fn of(isa: Isa, format: Format, input_major: bool) -> Self {
         match (isa, format) {
             (_, Format::F32 | Format::F16) => Self::F32,
             (Isa::Amx, _) | (Isa::Avx512, Format::Bf16) => Self::Bf16,
-            (Isa::Avx512, _) if orientation == Orientation::InputMajor => Self::Bf16,
+            (Isa::Avx512, _) if input_major => Self::Bf16,
             (Isa::Avx512, _) => Self::Int8,
             _ => Self::F32,
         }
@@ -47,9 +39,11 @@ impl Arithmetic {
 
     /// Outputs per chunk: the more, the fewer times the activations come from the shared cache, which tiles outrun
     /// first. Input-major weights are cut at block borders along the outputs.
-    pub(crate) fn panel_n(self, isa: Isa, orientation: Orientation, format: Format) -> usize {
+    pub(crate) fn panel_n(self, isa: Isa, w: &Weights) -> usize {
         match self {
-            _ if orientation == Orientation::InputMajor && format.block_len() == 256 => 256,
+            _ if w.is_input_major() && w.format().block_len() == 256 => 256,
+            // Whole units of every format.
+            Self::F32 | Self::Int8 if matches!(w, Weights::Groups(_)) => 128,
             Self::F32 | Self::Int8 => 64,
             Self::Bf16 if isa == Isa::Amx => 256,
             Self::Bf16 => 128,

@@ -3,15 +3,16 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::arithmetic::{Arithmetic, Orientation};
+use super::Weights;
+use super::arithmetic::Arithmetic;
 use super::buffer::{Buffer, Shared};
 use super::input::{Input, tiles};
 use super::panel::Panel;
 use super::product::{Product, Scales};
 use super::store::{Target, store_tile};
 use super::{Job, LANES, TILE_N};
-use crate::isa::{self, Isa};
-use crate::{Matrix, Pool};
+use crate::Pool;
+use crate::isa::Isa;
 
 /// Blocks of rows per chunk: 512 rows, so that packed activations of a panel and the sums stay in a 1 MiB cache.
 const CHUNK_BLOCKS: usize = 32;
@@ -28,17 +29,13 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-pub(super) fn run(pool: &Pool, jobs: &mut [Job<'_>], orientation: Orientation) {
-    run_for(isa::get(), pool, jobs, orientation);
-}
-
-/// [`run`] for a given instruction set, the one that the inputs were prepared for.
-pub(crate) fn run_for(isa: Isa, pool: &Pool, jobs: &mut [Job<'_>], orientation: Orientation) {
+/// Runs `jobs` with the instruction set that their inputs were prepared for.
+pub(crate) fn run(isa: Isa, pool: &Pool, jobs: &mut [Job<'_>]) {
     let mut end = 0;
     let plans: Vec<(usize, Plan<'_>)> = jobs
         .iter_mut()
         .map(|job| {
-            let plan = Plan::new(isa, job, orientation);
+            let plan = Plan::new(isa, job);
             end += plan.chunks();
             (end, plan)
         })
@@ -53,8 +50,7 @@ pub(crate) fn run_for(isa: Isa, pool: &Pool, jobs: &mut [Job<'_>], orientation: 
 /// One product cut into chunks of `panel_n` outputs by [`CHUNK_BLOCKS`] row blocks.
 struct Plan<'a> {
     isa: Isa,
-    w: Matrix<'a>,
-    orientation: Orientation,
+    w: Weights<'a>,
     arithmetic: Arithmetic,
     x: &'a Input,
     y: Shared<f32>,
@@ -64,19 +60,16 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(isa: Isa, job: &mut Job<'a>, orientation: Orientation) -> Self {
-        let (n, k) = match orientation {
-            Orientation::OutputMajor => (job.w.rows(), job.w.cols()),
-            Orientation::InputMajor => (job.w.cols(), job.w.rows()),
-        };
-        let arithmetic = Arithmetic::of(isa, job.w.format(), orientation);
+    fn new(isa: Isa, job: &mut Job<'a>) -> Self {
+        let (n, k) = job.w.shape();
+        let arithmetic = Arithmetic::of(isa, job.w.format(), job.w.is_input_major());
         assert_eq!(job.x.isa.unwrap_or(isa), isa, "the input was prepared for another instruction set");
         assert!(job.x.rows() == 0 || job.x.is_for(arithmetic), "the input was not prepared for {:?}", job.w.format());
         assert_eq!(job.x.cols(), k, "inputs per output");
         assert_eq!(job.y.len(), job.x.rows() * n, "the result has {} rows of {n}", job.x.rows());
-        let panel_n = arithmetic.panel_n(isa, orientation, job.w.format());
+        let panel_n = arithmetic.panel_n(isa, &job.w);
         let y = Shared::new(job.y);
-        Self { isa, w: job.w, orientation, arithmetic, x: job.x, y, accumulate: job.accumulate, n, panel_n }
+        Self { isa, w: job.w, arithmetic, x: job.x, y, accumulate: job.accumulate, n, panel_n }
     }
 
     fn row_parts(&self) -> usize {
@@ -101,7 +94,7 @@ impl<'a> Plan<'a> {
         let panel_k = self.arithmetic.panel_k(self.isa);
         for k0 in (0..k).step_by(panel_k) {
             let inputs = k0..(k0 + panel_k).min(k);
-            scratch.panel.fill(self.isa, self.arithmetic, &self.w, self.orientation, outputs.clone(), inputs.clone());
+            scratch.panel.fill(self.isa, self.arithmetic, &self.w, outputs.clone(), inputs.clone());
             self.multiply(&scratch.panel, &inputs, &blocks, tiles_n, sums);
         }
         self.store(sums, &outputs, &blocks);

@@ -1,6 +1,6 @@
 //! Activations packed once for all matrices that read them.
 
-use super::arithmetic::{Arithmetic, Orientation};
+use super::arithmetic::Arithmetic;
 use super::buffer::{Buffer, Shared};
 use super::transpose::transpose16;
 use super::{LANES, TILE_K};
@@ -152,8 +152,8 @@ impl Kinds {
     fn of(isa: Isa, formats: &[Format]) -> Self {
         let mut has = Self::default();
         for &format in formats {
-            for orientation in [Orientation::OutputMajor, Orientation::InputMajor] {
-                match Arithmetic::of(isa, format, orientation) {
+            for input_major in [false, true] {
+                match Arithmetic::of(isa, format, input_major) {
                     Arithmetic::F32 => has.f32 = true,
                     Arithmetic::Bf16 => has.bf16 = true,
                     Arithmetic::Int8 => has.int8 = true,

@@ -16,7 +16,8 @@
 //!
 //! BF16 rounds the activations (and decoded weights) to the nearest even; accumulation is always in f32. F16 weights
 //! keep f32 arithmetic: BF16 would lose three bits of each weight. Input-major quantised weights carry their scales
-//! across outputs, so an int8 product along the inputs does not exist for them.
+//! across outputs, so an int8 product along the inputs does not exist for them; those by groups become output-major
+//! blocks in scratch first.
 //!
 //! # Order of summation
 //! One output is summed over `k` in an order fixed by the arithmetic alone. A row of the result therefore has the
@@ -61,7 +62,7 @@ mod transpose;
 #[cfg(test)]
 mod tests;
 
-use crate::{Matrix, Pool};
+use crate::{Format, Matrix, Pool, axpy::groups::Groups};
 
 pub use input::Input;
 
@@ -72,11 +73,46 @@ pub(crate) const TILE_N: usize = 16;
 /// Inputs in a tile of packed weights.
 pub(crate) const TILE_K: usize = 32;
 
+/// How the weights `W[n outputs, k inputs]` of a product lie in memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights<'a> {
+    /// A run per output.
+    OutputMajor(Matrix<'a>),
+    /// A run per input, as the axpy decode kernels want them.
+    InputMajor(Matrix<'a>),
+    /// Output-major blocks whose codes lie by inputs. Products have the bits of the output-major form.
+    Groups(Groups<'a>),
+}
+
+impl Weights<'_> {
+    /// How the numbers are stored.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::OutputMajor(w) | Self::InputMajor(w) => w.format(),
+            Self::Groups(w) => w.format(),
+        }
+    }
+
+    /// Outputs and inputs.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::OutputMajor(w) => (w.rows(), w.cols()),
+            Self::InputMajor(w) => (w.cols(), w.rows()),
+            Self::Groups(w) => (w.outputs(), w.inputs()),
+        }
+    }
+
+    /// Whether the blocks lie along the outputs.
+    pub(crate) fn is_input_major(&self) -> bool {
+        matches!(self, Self::InputMajor(_))
+    }
+}
+
 /// One product `y = x * W` or `y += x * W`.
 #[derive(Debug)]
 pub struct Job<'a> {
-    /// The weights: `[n outputs, k inputs]` for [`run`], `[k inputs, n outputs]` for [`run_input_major`].
-    pub w: Matrix<'a>,
+    /// The weights.
+    pub w: Weights<'a>,
     /// The activations, `m` rows of `k`, prepared for the format of `w`.
     pub x: &'a Input,
     /// The result, `m` rows of `n`.
@@ -85,18 +121,10 @@ pub struct Job<'a> {
     pub accumulate: bool,
 }
 
-/// Runs products with output-major weights (rows of `w` are outputs), all in one parallel region.
+/// Runs products, all in one parallel region.
 ///
 /// # Panics
 /// If a job's sizes do not fit together, or its input was not prepared for the format of its weights.
 pub fn run(pool: &Pool, jobs: &mut [Job<'_>]) {
-    driver::run(pool, jobs, arithmetic::Orientation::OutputMajor);
-}
-
-/// Runs products with input-major weights (rows of `w` are inputs, as the axpy decode kernels want them).
-///
-/// # Panics
-/// As [`run`].
-pub fn run_input_major(pool: &Pool, jobs: &mut [Job<'_>]) {
-    driver::run(pool, jobs, arithmetic::Orientation::InputMajor);
+    driver::run(crate::isa::get(), pool, jobs);
 }

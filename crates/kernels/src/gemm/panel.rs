@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use super::arithmetic::{Arithmetic, Orientation};
+use super::Weights;
+use super::arithmetic::Arithmetic;
 use super::buffer::Buffer;
 use super::codes::{self, CodeLayout, CodeRow};
 use super::input::{round_bf16, tiles};
 use super::transpose::transpose16;
 use super::{TILE_K, TILE_N};
+use crate::axpy::groups::{self, GROUP};
 use crate::convert::decode_run;
 use crate::isa::Isa;
 use crate::{Format, Matrix};
@@ -22,6 +24,8 @@ pub(crate) struct Panel {
     scales: Buffer,
     offsets: Buffer,
     run: Buffer,
+    /// Weights whose codes lie by inputs, as blocks.
+    blocks: Buffer,
 }
 
 /// The int8 form of a panel.
@@ -56,21 +60,40 @@ impl Panel {
         &mut self,
         isa: Isa,
         arithmetic: Arithmetic,
-        w: &Matrix<'_>,
-        orientation: Orientation,
+        w: &Weights<'_>,
         outputs: Range<usize>,
         inputs: Range<usize>,
     ) {
-        let part = Part { isa, w, outputs, inputs };
-        match (orientation, arithmetic) {
-            (Orientation::OutputMajor, Arithmetic::F32) => self.fill_f32(&part),
-            (Orientation::OutputMajor, Arithmetic::Bf16) => self.fill_bf16(&part),
-            (Orientation::OutputMajor, Arithmetic::Int8) => self.fill_codes(&part),
-            (Orientation::InputMajor, Arithmetic::F32) => self.fill_transposed::<f32>(&part, f32_tile),
+        match w {
+            Weights::OutputMajor(w) => self.fill_rows(arithmetic, &Part { isa, w, outputs, inputs }),
+            Weights::InputMajor(w) => self.fill_runs(arithmetic, &Part { isa, w, outputs, inputs }),
+            Weights::Groups(w) => {
+                let (n, k) = (outputs.len(), inputs.len());
+                let mut blocks = std::mem::take(&mut self.blocks);
+                let bytes = blocks.at_least::<u8>(n * k / GROUP * w.format().block_bytes());
+                groups::unpack(isa, w, outputs, inputs, bytes);
+                let w = Matrix::new(w.format(), n, k, bytes).expect("as many blocks as the panel has");
+                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
+                self.blocks = blocks;
+            }
+        }
+    }
+
+    fn fill_rows(&mut self, arithmetic: Arithmetic, part: &Part<'_>) {
+        match arithmetic {
+            Arithmetic::F32 => self.fill_f32(part),
+            Arithmetic::Bf16 => self.fill_bf16(part),
+            Arithmetic::Int8 => self.fill_codes(part),
+        }
+    }
+
+    fn fill_runs(&mut self, arithmetic: Arithmetic, part: &Part<'_>) {
+        match arithmetic {
+            Arithmetic::F32 => self.fill_transposed::<f32>(part, f32_tile),
             #[cfg(target_arch = "x86_64")]
-            (Orientation::InputMajor, Arithmetic::Bf16) if isa.has_avx512() => self.fill_transposed_bf16(&part),
-            (Orientation::InputMajor, Arithmetic::Bf16) => self.fill_transposed::<u16>(&part, bf16_tile),
-            (Orientation::InputMajor, Arithmetic::Int8) => {
+            Arithmetic::Bf16 if part.isa.has_avx512() => self.fill_transposed_bf16(part),
+            Arithmetic::Bf16 => self.fill_transposed::<u16>(part, bf16_tile),
+            Arithmetic::Int8 => {
                 unreachable!("scales across outputs: arithmetic chooses BF16 for input-major weights")
             }
         }

@@ -1,8 +1,9 @@
 //! Every format, instruction set and orientation on odd sizes, against sums in f64 over the decoded weights.
 
-use super::arithmetic::{Arithmetic, Orientation};
-use super::driver::run_for;
-use super::{Input, Job};
+use super::arithmetic::Arithmetic;
+use super::driver::run;
+use super::{Input, Job, Weights};
+use crate::axpy::groups::{self, Groups};
 use crate::convert::{decode_run, encode_run};
 use crate::isa::{self, Isa};
 use crate::{Format, Matrix, Pool};
@@ -21,6 +22,14 @@ impl Random {
     }
 }
 
+/// How a case's weights lie.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Orientation {
+    OutputMajor,
+    InputMajor,
+    Groups,
+}
+
 /// One product's data.
 struct Case {
     format: Format,
@@ -37,7 +46,7 @@ struct Case {
 impl Case {
     fn new(format: Format, orientation: Orientation, [m, n, k]: [usize; 3], seed: u64) -> Self {
         let mut random = Random(seed);
-        let (rows, cols) = if orientation == Orientation::OutputMajor { (n, k) } else { (k, n) };
+        let (rows, cols) = if orientation == Orientation::InputMajor { (k, n) } else { (n, k) };
         let bytes = format.run_bytes(cols).unwrap();
         let mut stored = vec![0; bytes * rows];
         let mut w = vec![0.0; n * k];
@@ -47,22 +56,28 @@ impl Case {
             encode_run(format, &random.many(cols), bytes);
             decode_run(format, bytes, &mut run);
             for (c, v) in run.iter().enumerate() {
-                w[if orientation == Orientation::OutputMajor { r * k + c } else { c * k + r }] = f64::from(*v);
+                w[if orientation == Orientation::InputMajor { c * k + r } else { r * k + c }] = f64::from(*v);
             }
+        }
+        if orientation == Orientation::Groups {
+            stored = groups::pack(&Matrix::new(format, n, k, &stored).unwrap()).unwrap();
         }
         Self { format, orientation, m, n, k, x: random.many(m * k), stored, w }
     }
 
-    fn matrix(&self) -> Matrix<'_> {
-        let (rows, cols) =
-            if self.orientation == Orientation::OutputMajor { (self.n, self.k) } else { (self.k, self.n) };
-        Matrix::new(self.format, rows, cols, &self.stored).unwrap()
+    fn weights(&self) -> Weights<'_> {
+        let matrix = |rows, cols| Matrix::new(self.format, rows, cols, &self.stored).unwrap();
+        match self.orientation {
+            Orientation::OutputMajor => Weights::OutputMajor(matrix(self.n, self.k)),
+            Orientation::InputMajor => Weights::InputMajor(matrix(self.k, self.n)),
+            Orientation::Groups => Weights::Groups(Groups::new(self.format, self.n, self.k, &self.stored).unwrap()),
+        }
     }
 
     fn run(&self, isa: Isa, pool: &Pool, rows: std::ops::Range<usize>, y: &mut [f32], accumulate: bool) {
         let mut x = Input::new();
         x.prepare_for(isa, pool, &self.x[rows.start * self.k..rows.end * self.k], rows.len(), self.k, &[self.format]);
-        run_for(isa, pool, &mut [Job { w: self.matrix(), x: &x, y, accumulate }], self.orientation);
+        run(isa, pool, &mut [Job { w: self.weights(), x: &x, y, accumulate }]);
     }
 
     /// The exact output and the largest error that the arithmetic may make.
@@ -82,7 +97,7 @@ impl Case {
         // f32: n additions lose at most n * 2^-24 of the sum of magnitudes (Higham, Accuracy and Stability of
         // Numerical Algorithms, 4.2); the small constant holds for the sizes here.
         let f32_bound = 1e-5 * size + 1e-6;
-        match Arithmetic::of(isa, self.format, self.orientation) {
+        match Arithmetic::of(isa, self.format, self.orientation == Orientation::InputMajor) {
             Arithmetic::F32 => (sum, f32_bound),
             // Rounding to 8 significant bits is off by at most 2^-8 relative: once for the activation and, unless
             // the weight is a bf16 already, once for the weight.
@@ -118,7 +133,7 @@ fn sizes(format: Format, orientation: Orientation) -> Vec<[usize; 3]> {
         .map(|i| {
             let m = [1, 5, 17, 50][i];
             match orientation {
-                Orientation::OutputMajor => [m, across[i], along(i)],
+                Orientation::OutputMajor | Orientation::Groups => [m, across[i], along(i)],
                 Orientation::InputMajor => [m, along(i), across[i]],
             }
         })
@@ -127,7 +142,10 @@ fn sizes(format: Format, orientation: Orientation) -> Vec<[usize; 3]> {
 
 fn every_case(mut f: impl FnMut(Format, Orientation, Isa)) {
     for format in Format::ALL {
-        for orientation in [Orientation::OutputMajor, Orientation::InputMajor] {
+        for orientation in [Orientation::OutputMajor, Orientation::InputMajor, Orientation::Groups] {
+            if orientation == Orientation::Groups && groups::unit(format).is_none() {
+                continue;
+            }
             isa::available().into_iter().for_each(|isa| f(format, orientation, isa));
         }
     }
@@ -148,7 +166,7 @@ fn a_row_does_not_depend_on_the_others_or_on_threads() {
     let (one, two) = (Pool::new(1), Pool::new(2));
     every_case(|format, orientation, isa| {
         let along = if format.block_len() == 1 { 577 } else { 3 * format.block_len() };
-        let (n, k) = if orientation == Orientation::OutputMajor { (77, along) } else { (along, 600) };
+        let (n, k) = if orientation == Orientation::InputMajor { (along, 600) } else { (77, along) };
         let case = Case::new(format, orientation, [101, n, k], 7);
         let mut all = vec![0.0; case.m * n];
         case.run(isa, &two, 0..case.m, &mut all, false);
@@ -173,10 +191,10 @@ fn more_rows_than_a_chunk_and_several_jobs() {
         x.prepare_for(isa, &pool, &case.x, case.m, case.k, &[case.format, other.format]);
         let (mut y, mut z) = (vec![0.0; 530 * 40], vec![1.0; 530 * 9]);
         let mut jobs = [
-            Job { w: case.matrix(), x: &x, y: &mut y, accumulate: false },
-            Job { w: other.matrix(), x: &x, y: &mut z, accumulate: true },
+            Job { w: case.weights(), x: &x, y: &mut y, accumulate: false },
+            Job { w: other.weights(), x: &x, y: &mut z, accumulate: true },
         ];
-        run_for(isa, &pool, &mut jobs, Orientation::OutputMajor);
+        run(isa, &pool, &mut jobs);
         let (mut y1, mut z1) = (vec![0.0; 530 * 40], vec![1.0; 530 * 9]);
         case.run(isa, &pool, 0..530, &mut y1, false);
         let same_x = Case { x: case.x.clone(), ..other };
@@ -192,11 +210,11 @@ fn empty_products() {
         let mut x = Input::new();
         x.prepare_for(isa, &pool, &[], 0, 64, &[Format::Q8_0]);
         let w = Matrix::new(Format::Q8_0, 1, 64, &[0; 68]).unwrap();
-        run_for(isa, &pool, &mut [Job { w, x: &x, y: &mut [], accumulate: false }], Orientation::OutputMajor);
+        run(isa, &pool, &mut [Job { w: Weights::OutputMajor(w), x: &x, y: &mut [], accumulate: false }]);
         x.prepare_for(isa, &pool, &[], 2, 0, &[Format::F32]);
         let mut y = [1.0; 2];
         let w = Matrix::new(Format::F32, 1, 0, &[]).unwrap();
-        run_for(isa, &pool, &mut [Job { w, x: &x, y: &mut y, accumulate: false }], Orientation::OutputMajor);
+        run(isa, &pool, &mut [Job { w: Weights::OutputMajor(w), x: &x, y: &mut y, accumulate: false }]);
         assert_eq!(y, [0.0; 2], "no inputs: every sum is empty");
     }
 }
@@ -318,6 +336,24 @@ mod kernels {
             for isa in isa::available() {
                 assert!(decode(Some(isa)) == slow, "{format:?} {isa}");
             }
+        }
+    }
+}
+
+#[test]
+fn codes_by_inputs_have_the_bits_of_codes_by_outputs() {
+    let pool = Pool::new(2);
+    for format in [Format::Q8_0, Format::Q4_0] {
+        for isa in isa::available() {
+            let size = [20, 300, 1056];
+            let (a, b) = (
+                Case::new(format, Orientation::OutputMajor, size, 11),
+                Case::new(format, Orientation::Groups, size, 11),
+            );
+            let (mut y, mut z) = (vec![0.0; 20 * 300], vec![0.0; 20 * 300]);
+            a.run(isa, &pool, 0..20, &mut y, false);
+            b.run(isa, &pool, 0..20, &mut z, false);
+            assert!(bits(&y) == bits(&z), "{format:?} {isa}");
         }
     }
 }

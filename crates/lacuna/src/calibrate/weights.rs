@@ -56,7 +56,7 @@ fn column_squares(weight: &Weight) -> Vec<f64> {
             Orientation::OutputMajor => {
                 squares.iter_mut().zip(&run).for_each(|(s, w)| *s += f64::from(*w) * f64::from(*w));
             }
-            Orientation::InputMajor => squares[r] = run.iter().map(|w| f64::from(*w) * f64::from(*w)).sum(),
+            _ => squares[r] = run.iter().map(|w| f64::from(*w) * f64::from(*w)).sum(),
         }
     }
     squares
@@ -71,7 +71,7 @@ fn decoded(weight: &Weight) -> Vec<f32> {
         decode_run(m.format(), m.row(r), &mut run);
         match weight.orientation() {
             Orientation::OutputMajor => all[r * inputs..][..inputs].copy_from_slice(&run),
-            Orientation::InputMajor => (0..outputs).for_each(|o| all[o * inputs + r] = run[o]),
+            _ => (0..outputs).for_each(|o| all[o * inputs + r] = run[o]),
         }
     }
     all

@@ -20,7 +20,7 @@ use crate::{
         break_even::BreakEven,
         compile::{CompileOptions, compile},
         layouts::LayoutCache,
-        transpose::input_major_format,
+        transpose::CopyForm,
     },
     error::{Error, Result},
     eval::Window,
@@ -30,9 +30,7 @@ use crate::{
 use lacuna_core::{
     hash::sha256,
     plan::{Entry, Plan},
-    weight::{Orientation, Weight},
 };
-use lacuna_kernels::Format;
 use report::{Cost, Point, Quality, TaskScore};
 use speed::Race;
 use task::Task;
@@ -165,7 +163,7 @@ impl<'a> Meter<'a> {
         let above = |e: &&Entry| {
             let proj = e.rule.covers().last().copied();
             let weight = proj.and_then(|p| model.blocks.get(e.layer)?.parts(p).first().map(|l| &l.weight));
-            e.kept.zip(weight).is_some_and(|(k, w)| k > self.break_even.share(copy_format(w)))
+            e.kept.zip(weight).is_some_and(|(k, w)| k > self.break_even.share(CopyForm::for_weight(w).0.format))
         };
         let (n, all) = (plan.entries.iter().filter(above).count(), plan.entries.len());
         (n > 0).then(|| {
@@ -233,11 +231,4 @@ fn point(key: String, name: Name<'_>, (quality, cost): (Quality, Cost), task: Op
     let Name { label, family, value, command } = name;
     let [label, family, command] = [label, family, command].map(str::to_owned);
     Point { key, label, family, value, command, quality, task, cost, speed: None, notes: Vec::new() }
-}
-
-fn copy_format(weight: &Weight) -> Format {
-    match weight.orientation() {
-        Orientation::InputMajor => weight.format(),
-        Orientation::OutputMajor => input_major_format(weight.format(), weight.outputs()).0,
-    }
 }

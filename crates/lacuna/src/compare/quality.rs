@@ -115,7 +115,7 @@ fn copies(dense: &Engine, test: &Engine) -> u64 {
     let blocks = dense.model().blocks.iter().zip(&test.model().blocks);
     let pairs =
         blocks.flat_map(|(a, b)| Proj::ALL.into_iter().flat_map(move |p| a.parts(p).into_iter().zip(b.parts(p))));
-    let turned = |o: &Orientation| *o == Orientation::InputMajor;
+    let turned = |o: &Orientation| *o != Orientation::OutputMajor;
     pairs
         .filter(|(a, b)| turned(&b.weight.orientation()) && !turned(&a.weight.orientation()))
         .map(|(_, b)| b.weight.bytes().len() as u64)

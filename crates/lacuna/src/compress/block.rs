@@ -230,7 +230,7 @@ pub fn decoded(weight: &Weight) -> Vec<f32> {
         Orientation::OutputMajor => {
             (0..outputs).for_each(|r| decode_run(m.format(), m.row(r), &mut all[r * inputs..][..inputs]));
         }
-        Orientation::InputMajor => {
+        _ => {
             let mut run = vec![0.0; outputs];
             for c in 0..inputs {
                 decode_run(m.format(), m.row(c), &mut run);
@@ -285,7 +285,7 @@ fn output_error(pool: &Pool, seen: &Inputs, a: &[f32], b: &[f32], inputs: usize)
         let mut input = gemm::Input::new();
         input.prepare(pool, x, x.len() / inputs, inputs, &[Format::F32]);
         let mut y = vec![0.0; x.len()];
-        gemm::run(pool, &mut [gemm::Job { w, x: &input, y: &mut y, accumulate: false }]);
+        gemm::run(pool, &mut [gemm::Job { w: gemm::Weights::OutputMajor(w), x: &input, y: &mut y, accumulate: false }]);
         x.iter().zip(&y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>()
     };
     let all = energy(&a);

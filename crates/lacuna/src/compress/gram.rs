@@ -84,7 +84,10 @@ fn add(pool: &Pool, gram: &mut [f64], n: usize, x: &[f32]) {
         let w =
             Matrix::new(Format::F32, behind, tokens, &bytes[4 * first * tokens..]).expect("all rows from the first on");
         product.resize(rows * behind, 0.0);
-        gemm::run(pool, &mut [gemm::Job { w, x: &input, y: &mut product, accumulate: false }]);
+        gemm::run(
+            pool,
+            &mut [gemm::Job { w: gemm::Weights::OutputMajor(w), x: &input, y: &mut product, accumulate: false }],
+        );
         let parts: Vec<_> = gram.chunks_exact_mut(n).map(Mutex::new).collect();
         pool.run(rows, &|_, r| {
             // Each row is taken by one task, so the lock is never waited for.

@@ -1,6 +1,6 @@
 //! From which kept share on a dense product is faster than a sparse one: measured once per machine, stored in the cache.
 
-use super::transpose::input_major;
+use super::transpose::by_channels;
 use lacuna_core::{
     atomic::write_atomically,
     bytes::Bytes,
@@ -84,7 +84,7 @@ pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f3
     const BYTES: usize = 160 << 20;
     const ROUNDS: usize = 7;
     let dot = sample(format, outputs, inputs);
-    let axpy = input_major(&dot);
+    let axpy = by_channels(&dot);
     let copies = (BYTES / 2).div_ceil(dot.bytes().len().max(1)).clamp(1, 256);
     let copy = |w: &Weight| {
         Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec()))
@@ -127,7 +127,7 @@ fn run_dense(pool: &Pool, w: &Weight, x: &[f32], y: &mut [f32]) {
 fn run_sparse(pool: &Pool, w: &Weight, x: &[f32], threshold: f32, y: &mut [f32]) {
     let (mut index, mut value) = (Vec::new(), Vec::new());
     select::magnitude(isa::get(), x, threshold, &mut index, &mut value);
-    axpy::run(pool, &mut [axpy::Job { wt: w.matrix(), index: &index, value: &value, y }]);
+    axpy::run(pool, &mut [axpy::Job { w: w.columns(), index: &index, value: &value, y }]);
 }
 
 fn time(work: impl FnOnce()) -> f64 {

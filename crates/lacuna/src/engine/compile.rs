@@ -3,9 +3,9 @@
 
 use super::{
     break_even::BreakEven,
-    compiled::{ChosenBy, CompiledPlan, InputRule, LayerPlan, NeuronRule},
+    compiled::{ChosenBy, CompiledPlan, InputRule, LayerPlan, NeuronRule, Reads},
     layouts::{LayoutCache, Wanted},
-    transpose::input_major_format,
+    transpose::CopyForm,
 };
 use crate::{
     error::Result,
@@ -18,7 +18,7 @@ use lacuna_core::{
     tensor::Tensor,
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{Format, Pool};
+use lacuna_kernels::Pool;
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 /// Where copies are kept, and from which kept share on dense is faster.
@@ -108,7 +108,7 @@ pub fn compile(
     }
     let weights = match options.masked {
         true => places.iter().map(|p| p.weight(model).clone()).collect(),
-        false => input_major_weights(model, &places, options, pool, progress, &mut notes),
+        false => channel_weights(model, &places, options, pool, progress, &mut notes),
     };
     let mut changed = Model::clone(model);
     let mut layers = vec![LayerPlan::default(); model.blocks.len()];
@@ -143,8 +143,7 @@ fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, model: &Model, weight: Wei
     let (outputs, inputs) = (weight.outputs(), weight.inputs());
     let at = |problem: String| not_applicable(format!("layer {}, {}: it {problem}", place.layer, place.rule.place()));
     place.rule.selector().check_width(inputs).map_err(at)?;
-    let (format, _) = copy_format(&weight);
-    let channel_bytes = format.run_bytes(outputs).unwrap_or(outputs * 4);
+    let reads = Reads::of(&weight);
     match place.rule {
         Rule::Inputs { proj, selector, low_rank } => {
             let low_rank = match low_rank {
@@ -154,12 +153,12 @@ fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, model: &Model, weight: Wei
                     Some((linear(&l.down, rank, inputs).map_err(at)?, linear(&l.up, outputs, rank).map_err(at)?))
                 }
             };
-            let rule = InputRule { selector: selector.clone(), weight, channel_bytes, low_rank };
+            let rule = InputRule { selector: selector.clone(), weight, reads, low_rank };
             layer.inputs[*proj as usize] = Some(rule);
         }
         Rule::Neurons { on, selector, then } => {
             let by = ChosenBy::Gate(*on);
-            let rule = neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?;
+            let rule = neuron_rule(by, (selector, then), weight, reads).map_err(at)?;
             match model.blocks[place.layer].mlp {
                 Mlp::Experts { .. } => layer.experts.push(rule),
                 _ => layer.neurons = Some(rule),
@@ -176,7 +175,7 @@ fn set_rule(layer: &mut LayerPlan, place: &Place<'_>, model: &Model, weight: Wei
             if width != outputs {
                 return Err(at(format!("has a predictor of width {width} for a model of width {outputs}")));
             }
-            layer.neurons = Some(neuron_rule(by, (selector, then), weight, channel_bytes).map_err(at)?);
+            layer.neurons = Some(neuron_rule(by, (selector, then), weight, reads).map_err(at)?);
         }
     }
     Ok(())
@@ -186,10 +185,10 @@ fn neuron_rule(
     by: ChosenBy,
     (selector, then): (&Selector, &Option<Selector>),
     down: Weight,
-    channel_bytes: usize,
+    reads: Reads,
 ) -> Result<NeuronRule, String> {
     then.as_ref().map_or(Ok(()), |t| t.check_width(down.inputs()))?;
-    Ok(NeuronRule { by, selector: selector.clone(), then: then.clone(), down, channel_bytes })
+    Ok(NeuronRule { by, selector: selector.clone(), then: then.clone(), down, reads })
 }
 
 /// A matrix of the plan as a linear layer of the expected shape.
@@ -225,7 +224,7 @@ fn columns_of(rule: &Rule) -> Proj {
 
 /// Why an entry does not pay, if it does not.
 fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option<String> {
-    let (format, _) = copy_format(weight);
+    let format = CopyForm::for_weight(weight).0.format;
     let limit = break_even.share(format);
     entry.kept.filter(|k| *k + low_rank_share(&entry.rule, weight) > limit)?;
     let place = entry.rule.place();
@@ -238,15 +237,8 @@ fn low_rank_share(rule: &Rule, weight: &Weight) -> f32 {
     (l.down.bytes().len() + l.up.bytes().len()) as f32 / weight.bytes().len().max(1) as f32
 }
 
-fn copy_format(weight: &Weight) -> (Format, Option<String>) {
-    match weight.orientation() {
-        Orientation::InputMajor => (weight.format(), None),
-        Orientation::OutputMajor => input_major_format(weight.format(), weight.outputs()),
-    }
-}
-
-/// The weight of every place in input-major form, in their order.
-fn input_major_weights(
+/// The weight of every place by its channels, in their order.
+fn channel_weights(
     model: &Model,
     places: &[Place<'_>],
     options: &CompileOptions,
@@ -258,7 +250,7 @@ fn input_major_weights(
     let mut weights = Vec::with_capacity(places.len());
     for place in places {
         let weight = place.weight(model);
-        if let Some(note) = copy_format(weight).1 {
+        if let Some(note) = CopyForm::for_weight(weight).1 {
             notes.count(format!("{}: {note}", place.proj), place.layer, None);
         }
         if weight.orientation() == Orientation::OutputMajor {
@@ -267,7 +259,7 @@ fn input_major_weights(
         }
         weights.push(weight.clone());
     }
-    let mut copies = options.cache.input_major(&wanted, pool, progress).into_iter();
+    let mut copies = options.cache.by_channels(&wanted, pool, progress).into_iter();
     for weight in weights.iter_mut().filter(|w| w.orientation() == Orientation::OutputMajor) {
         *weight = copies.next().expect("one copy was made for every output-major weight");
     }

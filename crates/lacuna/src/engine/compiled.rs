@@ -1,11 +1,61 @@
 //! A plan bound to the weights it is used on: what decode asks, per layer and projection, and what it counts.
 
+use super::transpose::CopyForm;
 use crate::model::weights::Linear;
 use lacuna_core::{
     plan::{Cut, Selector, Stage},
     site::Proj,
     weight::{Orientation, Weight},
 };
+use lacuna_kernels::axpy::groups;
+
+/// Bytes that decode reads of a weight by its channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reads {
+    channel: usize,
+    /// Of every group of channels that one of them is in; 0 where channels bring their own scales.
+    group: usize,
+}
+
+/// Channels that share what [`Reads`] counts once.
+const GROUP: u32 = 32;
+
+impl Reads {
+    /// Of `weight`, or of the copy that is made of an output-major one.
+    pub fn of(weight: &Weight) -> Self {
+        let (outputs, inputs) = (weight.outputs(), weight.inputs());
+        let (form, _) = CopyForm::for_weight(weight);
+        let all = form.bytes(outputs, inputs).unwrap_or(outputs * inputs * 4);
+        let channel = match form.orientation {
+            Orientation::InputGroups => groups::channel_bytes(form.format, outputs).unwrap_or(outputs),
+            _ => all / inputs.max(1),
+        };
+        let groups = inputs.div_ceil(GROUP as usize).max(1);
+        Self { channel, group: (all - (channel * inputs).min(all)) / groups }
+    }
+
+    /// Bytes for `kept` channels in `groups` groups.
+    pub fn bytes(self, kept: Kept) -> u64 {
+        kept.channels * self.channel as u64 + kept.groups * self.group as u64
+    }
+}
+
+/// Channels that stayed, and the groups that they are in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// Channels.
+    pub channels: u64,
+    /// Groups of 32 with one of them at least.
+    pub groups: u64,
+}
+
+impl Kept {
+    /// Of a list of channels, in ascending order.
+    pub fn of(index: &[u32]) -> Self {
+        let groups = index.chunk_by(|a, b| a / GROUP == b / GROUP).count();
+        Self { channels: index.len() as u64, groups: groups as u64 }
+    }
+}
 
 /// Input channels of one projection are selected; the kept columns are read.
 #[derive(Clone, Debug)]
@@ -14,8 +64,8 @@ pub struct InputRule {
     pub selector: Selector,
     /// The projection's weight: an input-major copy, or for masked passes the weight itself.
     pub weight: Weight,
-    /// Bytes that one kept channel reads.
-    pub channel_bytes: usize,
+    /// What its channels read.
+    pub reads: Reads,
     /// What the dropped channels pass through: `V`, then `U`.
     pub low_rank: Option<(Linear, Linear)>,
 }
@@ -23,8 +73,8 @@ pub struct InputRule {
 impl InputRule {
     /// A rule on an input-major weight.
     pub fn new(selector: Selector, weight: Weight) -> Self {
-        let channel_bytes = weight.bytes().len() / weight.inputs().max(1);
-        Self { selector, weight, channel_bytes, low_rank: None }
+        let reads = Reads::of(&weight);
+        Self { selector, weight, reads, low_rank: None }
     }
 }
 
@@ -55,15 +105,15 @@ pub struct NeuronRule {
     pub then: Option<Selector>,
     /// The down projection: an input-major copy, or for masked passes the weight itself.
     pub down: Weight,
-    /// Bytes that one neuron reads of down.
-    pub channel_bytes: usize,
+    /// What its neurons read of down.
+    pub reads: Reads,
 }
 
 impl NeuronRule {
     /// A rule on the activated gate with an input-major down projection.
     pub fn new(selector: Selector, down: Weight) -> Self {
-        let channel_bytes = down.bytes().len() / down.inputs().max(1);
-        Self { by: ChosenBy::Gate(Stage::Activated), selector, then: None, down, channel_bytes }
+        let reads = Reads::of(&down);
+        Self { by: ChosenBy::Gate(Stage::Activated), selector, then: None, down, reads }
     }
 
     /// Whether the list is the same for every token, so that the gate is not needed to choose.
@@ -84,9 +134,9 @@ impl NeuronRule {
         }
     }
 
-    /// Whether decode can follow it: down is input-major.
-    pub(super) fn is_input_major(&self) -> bool {
-        self.down.orientation() == Orientation::InputMajor
+    /// Whether decode can follow it: down can be read by neurons.
+    pub(super) fn by_channels(&self) -> bool {
+        self.down.orientation() != Orientation::OutputMajor
     }
 }
 

@@ -93,9 +93,7 @@ impl Forward<'_> {
         sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
         let rules = layer_plan(self.plan, w.layer).map_or(&[][..], |p| &p.experts);
         match self.mode {
-            Mode::Decode if rules.first().is_some_and(NeuronRule::is_input_major) => {
-                self.chosen_neurons_of(w, rules, n)
-            }
+            Mode::Decode if rules.first().is_some_and(NeuronRule::by_channels) => self.chosen_neurons_of(w, rules, n),
             Mode::Decode if !rules.is_empty() => self.gathered_experts(w, rules),
             Mode::Decode | Mode::Dense => self.decode_experts(w, n),
             Mode::Prefill => self.gathered_experts(w, &[]),
@@ -191,9 +189,9 @@ impl Forward<'_> {
                 let kept = masked::neurons(pool, linears, rule, (w.act.gate, &[]), (gathered, n), gate);
                 rows::pairs(pool, gate, up, inner, |gate, up| up.iter_mut().zip(gate).for_each(|(u, g)| *u *= *g));
                 let reach = masked::products(pool, rule, kept, up, inner);
-                self.counters.layers[layer].neurons.add(kept as usize, n * inner);
+                self.counters.layers[layer].neurons.add(kept.channels as usize, n * inner);
                 let read = n * e.gate.weight.bytes().len();
-                let rows = kept * e.up.weight.matrix().row_bytes() as u64 + reach * rule.channel_bytes as u64;
+                let rows = kept.channels * e.up.weight.matrix().row_bytes() as u64 + rule.reads.bytes(reach);
                 self.counters.weight_bytes += read as u64 + rows;
             } else {
                 gate_times_up(pool, &mut Nobody, (layer, w.act.gate), gate, up, inner);

@@ -10,7 +10,7 @@
 //! changed file) all of it is read once, and the time set again if it is right. What the system damages without a write
 //! is found by [`check_all`] (`lacuna doctor --check-cache`). A file that fails a check is made again.
 
-use super::transpose::{input_major, input_major_format};
+use super::transpose::{CopyForm, by_channels};
 use lacuna_core::{
     atomic::write_atomically,
     bytes::Bytes,
@@ -18,7 +18,7 @@ use lacuna_core::{
     hash::{HashedTensor, model_hash, sha256},
     map::{LoadMode, open},
     site::Proj,
-    weight::{Orientation, Weight},
+    weight::Weight,
 };
 use lacuna_kernels::Pool;
 use serde::{Deserialize, Serialize};
@@ -34,12 +34,12 @@ use std::{
 };
 
 /// Version of the stored form.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Bytes before the data; a page, so that mapped runs are aligned.
 const HEADER: usize = 4096;
 
-/// A matrix that is wanted in input-major form.
+/// A matrix that is wanted by channels.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
     /// Layer, from 0.
@@ -80,7 +80,7 @@ impl Header {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         Self {
             version: VERSION,
-            orientation: "input-major".into(),
+            orientation: w.orientation().name().into(),
             format: w.format().name().into(),
             outputs: w.outputs(),
             inputs: w.inputs(),
@@ -98,13 +98,13 @@ impl Header {
     /// Whether it describes `w` (without looking at all data).
     fn is_of(&self, w: &Weight) -> bool {
         let shape = (self.outputs, self.inputs) == (w.outputs(), w.inputs()) && self.format == w.format().name();
-        self.version == VERSION && self.orientation == "input-major" && shape && self.checksum == sample(w)
+        self.version == VERSION && self.orientation == w.orientation().name() && shape && self.checksum == sample(w)
     }
 }
 
 fn sample(w: &Weight) -> String {
     let shape = [w.inputs() as u64, w.outputs() as u64];
-    let tensor = HashedTensor { name: "input-major", kind: w.format().name(), shape: &shape, data: w.bytes() };
+    let tensor = HashedTensor { name: w.orientation().name(), kind: w.format().name(), shape: &shape, data: w.bytes() };
     model_hash(&VERSION.to_le_bytes(), vec![tensor])
 }
 
@@ -114,11 +114,11 @@ impl LayoutCache {
         Self { folder: root.map(|r| r.join("layouts").join(model)) }
     }
 
-    /// Input-major copies of all `wanted`, in their order: mapped from the cache where it has them, otherwise made by
+    /// Copies by channels of all `wanted`, in their order: mapped from the cache where it has them, otherwise made by
     /// the threads of `pool` (one matrix each) and stored. `progress(done, all)` is called from those threads.
     ///
     /// A cache that cannot be written is no error: the copies then live in memory, and the log says so.
-    pub fn input_major(
+    pub fn by_channels(
         &self,
         wanted: &[Wanted<'_>],
         pool: &Pool,
@@ -137,19 +137,19 @@ impl LayoutCache {
 
     fn one(&self, wanted: &Wanted<'_>) -> Weight {
         let Some(folder) = &self.folder else {
-            let copy = input_major(wanted.weight);
+            let copy = by_channels(wanted.weight);
             wanted.weight.bytes().release();
             return copy;
         };
-        let (format, _) = input_major_format(wanted.weight.format(), wanted.weight.outputs());
+        let (form, _) = CopyForm::for_weight(wanted.weight);
         let expert = wanted.expert.map_or(String::new(), |e| format!("expert-{e}."));
-        let path = folder.join(format!("{}.{expert}{}.{}", wanted.layer, wanted.proj, format.name()));
+        let path = folder.join(format!("{}.{expert}{}.{}", wanted.layer, wanted.proj, form.format.name()));
         match read(&path, wanted.weight) {
             Ok(weight) => return weight,
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
             Err(e) => tracing::warn!("converted layout is made again: {e}"),
         }
-        let copy = input_major(wanted.weight);
+        let copy = by_channels(wanted.weight);
         // From here on only the copy is read.
         wanted.weight.bytes().release();
         match write(&path, &copy).and_then(|()| read(&path, wanted.weight)) {
@@ -203,8 +203,8 @@ fn bad(path: &Path, found: &str) -> Error {
 /// Maps a stored copy of `original`, or says what is wrong with it.
 fn read(path: &Path, original: &Weight) -> Result<Weight> {
     let Stored { header, data } = open_stored(path)?;
-    let (format, _) = input_major_format(original.format(), original.outputs());
-    let weight = Weight::new(format, Orientation::InputMajor, original.outputs(), original.inputs(), data)
+    let (form, _) = CopyForm::for_weight(original);
+    let weight = Weight::new(form.format, form.orientation, original.outputs(), original.inputs(), data)
         .ok_or_else(|| bad(path, "data of another length"))?;
     if !header.is_of(&weight) {
         return Err(bad(path, "another version, shape, format or checksum"));
@@ -255,6 +255,7 @@ pub fn check_all(root: &Path) -> Result<(usize, Vec<Error>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lacuna_core::weight::Orientation;
     use lacuna_kernels::Format;
 
     fn weight(seed: usize) -> Weight {
@@ -264,7 +265,7 @@ mod tests {
 
     fn get(root: Option<&Path>, w: &Weight) -> Weight {
         let wanted = Wanted { layer: 3, expert: None, proj: Proj::Down, weight: w };
-        let copies = LayoutCache::new(root, "abc").input_major(&[wanted], &Pool::new(1), &|_, _| {});
+        let copies = LayoutCache::new(root, "abc").by_channels(&[wanted], &Pool::new(1), &|_, _| {});
         copies.into_iter().next().unwrap()
     }
 
@@ -272,7 +273,7 @@ mod tests {
     fn stored_mapped_and_made_again_when_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let w = weight(1);
-        let want = input_major(&w);
+        let want = by_channels(&w);
         let path = dir.path().join("layouts/abc/3.mlp.down.F16");
         assert_eq!(**get(Some(dir.path()), &w).bytes(), **want.bytes());
         let stored = fs::read(&path).unwrap();
@@ -348,7 +349,7 @@ mod tests {
         let blocked = dir.path().join("file");
         fs::write(&blocked, "").unwrap();
         for root in [None, Some(blocked.as_path())] {
-            assert_eq!(**get(root, &w).bytes(), **input_major(&w).bytes());
+            assert_eq!(**get(root, &w).bytes(), **by_channels(&w).bytes());
         }
     }
 }

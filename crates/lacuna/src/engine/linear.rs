@@ -82,10 +82,9 @@ impl Linears {
         let every: Vec<(&[u32], &[f32])> = x.chunks_exact(width).map(|x| (all, x)).collect();
         let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
         for (linear, y) in parts.iter_mut() {
-            let w = linear.weight.matrix();
             match linear.weight.orientation() {
-                Orientation::OutputMajor => dot.push(gemv::multi::Job { w, x: &operands, y }),
-                Orientation::InputMajor => axpy.push(axpy::multi::Job { wt: w, x: &every, y }),
+                Orientation::OutputMajor => dot.push(gemv::multi::Job { w: linear.weight.matrix(), x: &operands, y }),
+                _ => axpy.push(axpy::multi::Job { w: linear.weight.columns(), x: &every, y }),
             }
         }
         if !dot.is_empty() {
@@ -116,7 +115,7 @@ impl Linears {
         for w in weights {
             match w.orientation() {
                 Orientation::OutputMajor => self.formats.push(w.format()),
-                Orientation::InputMajor => transposed = true,
+                Orientation::InputMajor | Orientation::InputGroups => transposed = true,
             }
         }
         let width = x.len() / n;
@@ -142,10 +141,9 @@ impl Linears {
         let channels: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(row).collect()).collect();
         let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
         for (((linear, _, y), rows), channels) in parts.iter_mut().zip(&rows).zip(&channels) {
-            let w = linear.weight.matrix();
             match linear.weight.orientation() {
-                Orientation::OutputMajor => dot.push(gemv::multi::Job { w, x: rows, y }),
-                Orientation::InputMajor => axpy.push(axpy::multi::Job { wt: w, x: channels, y }),
+                Orientation::OutputMajor => dot.push(gemv::multi::Job { w: linear.weight.matrix(), x: rows, y }),
+                _ => axpy.push(axpy::multi::Job { w: linear.weight.columns(), x: channels, y }),
             }
         }
         if !dot.is_empty() {
@@ -162,20 +160,10 @@ impl Linears {
         self.formats.clear();
         self.formats.extend(parts.iter().map(|p| p.0.weight.format()));
         self.input.prepare(pool, x, n, x.len() / n, &self.formats);
-        let (mut dot, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new());
-        for (linear, out) in parts.iter_mut() {
-            let job = gemm::Job { w: linear.weight.matrix(), x: &self.input, y: out, accumulate: false };
-            match linear.weight.orientation() {
-                Orientation::OutputMajor => dot.push(job),
-                Orientation::InputMajor => axpy.push(job),
-            }
-        }
-        if !dot.is_empty() {
-            gemm::run(pool, &mut dot);
-        }
-        if !axpy.is_empty() {
-            gemm::run_input_major(pool, &mut axpy);
-        }
+        let x = &self.input;
+        let jobs =
+            parts.iter_mut().map(|(linear, y)| gemm::Job { w: linear.weight.product(), x, y, accumulate: false });
+        gemm::run(pool, &mut jobs.collect::<Vec<_>>());
         parts.iter_mut().for_each(|(linear, out)| add_bias(pool, linear, out));
     }
 }

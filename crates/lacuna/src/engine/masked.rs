@@ -2,7 +2,7 @@
 //! decode under the plan computes, at the speed of prefill, and save nothing: for measures of quality and for searches.
 
 use super::{
-    compiled::{ChosenBy, InputRule, LayerPlan, NeuronRule},
+    compiled::{ChosenBy, InputRule, Kept, LayerPlan, NeuronRule},
     linear::{Linears, Part, Sparsity},
     rows,
     sparse::{Selection, scores},
@@ -12,19 +12,36 @@ use lacuna_kernels::{
     Pool,
     elementwise::{self, Activation},
 };
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Sets the entries of every row of `x` that `selector` drops to zero; returns how many stay.
-fn mask(pool: &Pool, selector: &Selector, x: &mut [f32], width: usize, signed: bool, prompt: &[u32]) -> u64 {
-    let kept = AtomicU64::new(0);
+fn mask(pool: &Pool, selector: &Selector, x: &mut [f32], width: usize, signed: bool, prompt: &[u32]) -> Kept {
+    let kept = Counter::default();
     rows::each(pool, x, width, |_, row| {
         let mut s = Selection::default();
         s.select(selector, row, signed, prompt);
         row.fill(0.0);
         s.index.iter().zip(&s.value).for_each(|(&i, v)| row[i as usize] = *v);
-        kept.fetch_add(s.index.len() as u64, Ordering::Relaxed);
+        kept.add(&s.index);
     });
-    kept.into_inner()
+    kept.sum()
+}
+
+/// Channels kept by the threads of a pass.
+#[derive(Default)]
+struct Counter(Mutex<Kept>);
+
+impl Counter {
+    fn add(&self, index: &[u32]) {
+        let of = Kept::of(index);
+        let mut sum = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.channels += of.channels;
+        sum.groups += of.groups;
+    }
+
+    fn sum(self) -> Kept {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Projections of the `n` rows of `x`, each over its own kept inputs.
@@ -45,7 +62,7 @@ pub(super) fn inputs(
         linears.prefill(pool, x, n, &mut list);
     }
     let Some(plan) = sparsity.plan else { return };
-    let mut made: Option<(&Selector, Vec<f32>, u64)> = None;
+    let mut made: Option<(&Selector, Vec<f32>, Kept)> = None;
     for part in sparse {
         let Some(rule) = plan.input(part.proj) else { continue };
         let (masked, kept) = match &made {
@@ -57,8 +74,8 @@ pub(super) fn inputs(
                 (&*masked, kept)
             }
         };
-        sparsity.counts.inputs[part.proj as usize].add(kept as usize, x.len());
-        *sparsity.bytes += kept * rule.channel_bytes as u64;
+        sparsity.counts.inputs[part.proj as usize].add(kept.channels as usize, x.len());
+        *sparsity.bytes += rule.reads.bytes(kept);
         linears.prefill(pool, masked, n, &mut [(part.linear, &mut *part.out)]);
         low_rank(pool, linears, rule, (x, masked, n), part.out);
         if let Some((down, up)) = &rule.low_rank {
@@ -93,7 +110,7 @@ pub(super) fn neurons(
     (act, prompt): (Activation, &[u32]),
     (x, n): (&[f32], usize),
     gate: &mut [f32],
-) -> u64 {
+) -> Kept {
     let inner = gate.len() / n;
     let activate = |gate: &mut [f32]| rows::each(pool, gate, inner, |_, row| elementwise::act(act, row));
     match &rule.by {
@@ -110,24 +127,25 @@ pub(super) fn neurons(
         ChosenBy::Predictor { down, relu, up } => {
             let scores = scores(pool, linears, (x, n), (down, *relu, up));
             activate(gate);
-            let kept = AtomicU64::new(0);
+            let kept = Counter::default();
             rows::each(pool, gate, inner, |i, row| {
                 let mut s = Selection::default();
                 s.select(&rule.selector, &scores[i * inner..(i + 1) * inner], true, prompt);
                 let all = row.to_vec();
                 row.fill(0.0);
                 s.index.iter().for_each(|&i| row[i as usize] = all[i as usize]);
-                kept.fetch_add(s.index.len() as u64, Ordering::Relaxed);
+                kept.add(&s.index);
             });
-            kept.into_inner()
+            kept.sum()
         }
     }
 }
 
 /// Zeroes the products that `then` drops; returns how many neurons reach down.
-pub(super) fn products(pool: &Pool, rule: &NeuronRule, kept: u64, product: &mut [f32], inner: usize) -> u64 {
+pub(super) fn products(pool: &Pool, rule: &NeuronRule, kept: Kept, product: &mut [f32], inner: usize) -> Kept {
     let Some(then) = &rule.then else { return kept };
-    mask(pool, then, product, inner, false, &[]).min(kept)
+    let reach = mask(pool, then, product, inner, false, &[]);
+    Kept { channels: reach.channels.min(kept.channels), groups: reach.groups.min(kept.groups) }
 }
 
 /// The rule on the neurons of a layer.

@@ -43,7 +43,7 @@ impl Forward<'_> {
         };
         let layers = Layers { layer, act, first, second, down };
         match masked::neuron_rule(layer_plan(self.plan, layer)) {
-            Some(rule) if self.mode == Mode::Decode && rule.is_input_major() => self.chosen_neurons(&layers, rule, n),
+            Some(rule) if self.mode == Mode::Decode && rule.by_channels() => self.chosen_neurons(&layers, rule, n),
             Some(rule) if matches!(self.mode, Mode::Decode | Mode::Masked) => self.masked_neurons(&layers, rule, n),
             _ => self.all_neurons(&layers, n),
         }
@@ -155,8 +155,8 @@ impl Forward<'_> {
         let y = sized(&mut self.ws.y, n * self.shared.model.spec.width);
         self.ws.linears.prefill(pool, &self.ws.up, n, &mut [(w.down, y)]);
         let s = sparsity(&place, self.counters);
-        s.counts.neurons.add(kept as usize, n * inner);
-        *s.bytes += kept * row_bytes as u64 + reach * rule.channel_bytes as u64 + n as u64 * rule.predictor_bytes();
+        s.counts.neurons.add(kept.channels as usize, n * inner);
+        *s.bytes += kept.channels * row_bytes as u64 + rule.reads.bytes(reach) + n as u64 * rule.predictor_bytes();
     }
 }
 

@@ -201,16 +201,16 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
     if plan.layers.len() != model.blocks.len() {
         return Err(error(format!("{} layers, but the model has {}", plan.layers.len(), model.blocks.len())));
     }
-    let orientation = (!plan.masked).then_some(Orientation::InputMajor);
+    let by_channels = !plan.masked;
     for (layer, (rules, block)) in plan.layers.iter().zip(&model.blocks).enumerate() {
         for proj in lacuna_core::site::Proj::ALL {
             let Some(rule) = rules.input(proj) else { continue };
-            let fits = block.linear(proj).is_some_and(|l| stands_in(&rule.weight, &l.weight, orientation));
+            let fits = block.linear(proj).is_some_and(|l| stands_in(&rule.weight, &l.weight, by_channels));
             if !fits {
-                return Err(error(format!("layer {layer}: the weight of {proj} is not an input-major copy of it")));
+                return Err(error(format!("layer {layer}: the weight of {proj} is not a copy of it by channels")));
             }
         }
-        if !rules.experts.is_empty() && !experts_fit(&rules.experts, &block.mlp, orientation) {
+        if !rules.experts.is_empty() && !experts_fit(&rules.experts, &block.mlp, by_channels) {
             return Err(error(format!("layer {layer}: rules on experts need a rule for each, on its down projection")));
         }
         let Some(rule) = &rules.neurons else { continue };
@@ -218,11 +218,11 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
         let predicted = !rule.reads_gate();
         let fits = match &block.mlp {
             Mlp::Gated(g) => {
-                stands_in(&rule.down, &g.down.weight, orientation)
+                stands_in(&rule.down, &g.down.weight, by_channels)
                     && (plan.masked || (by_rows(&g.up) && (!predicted || by_rows(&g.gate))))
             }
             Mlp::Plain { up, down } => {
-                stands_in(&rule.down, &down.weight, orientation) && (plan.masked || !predicted || by_rows(up))
+                stands_in(&rule.down, &down.weight, by_channels) && (plan.masked || !predicted || by_rows(up))
             }
             Mlp::Experts { .. } => false,
         };
@@ -233,20 +233,16 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
     Ok(())
 }
 
-fn experts_fit(rules: &[NeuronRule], mlp: &Mlp, orientation: Option<Orientation>) -> bool {
+fn experts_fit(rules: &[NeuronRule], mlp: &Mlp, by_channels: bool) -> bool {
     let Mlp::Experts { experts, .. } = mlp else { return false };
-    let by_rows = |l: &Linear| orientation.is_none() || l.weight.orientation() == Orientation::OutputMajor;
+    let by_rows = |l: &Linear| !by_channels || l.weight.orientation() == Orientation::OutputMajor;
     let fits = |(rule, w): (&NeuronRule, &Gated)| {
-        stands_in(&rule.down, &w.down.weight, orientation) && by_rows(&w.gate) && by_rows(&w.up)
+        stands_in(&rule.down, &w.down.weight, by_channels) && by_rows(&w.gate) && by_rows(&w.up)
     };
     rules.len() == experts.len() && rules.iter().zip(experts).all(fits)
 }
 
-fn stands_in(
-    copy: &lacuna_core::weight::Weight,
-    original: &lacuna_core::weight::Weight,
-    orientation: Option<Orientation>,
-) -> bool {
-    orientation.is_none_or(|o| copy.orientation() == o)
+fn stands_in(copy: &lacuna_core::weight::Weight, original: &lacuna_core::weight::Weight, by_channels: bool) -> bool {
+    (!by_channels || copy.orientation() != Orientation::OutputMajor)
         && (copy.outputs(), copy.inputs()) == (original.outputs(), original.inputs())
 }

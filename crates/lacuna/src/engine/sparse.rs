@@ -1,7 +1,7 @@
 //! Decode through what a plan keeps: columns of kept input channels, rows of kept neurons.
 
 use super::{
-    compiled::{ChosenBy, LayerPlan, NeuronRule},
+    compiled::{ChosenBy, Kept, LayerPlan, NeuronRule},
     linear::{Linears, Part, Sparsity},
     mlp::Acts,
 };
@@ -97,15 +97,15 @@ pub(super) fn inputs(
             selections[made.len() - 1].select(&rule.selector, x, false, &[]);
             made.len() - 1
         });
-        let kept = selections[at].index.len();
-        sparsity.counts.inputs[part.proj as usize].add(kept, x.len());
-        *sparsity.bytes += (kept * rule.channel_bytes) as u64;
+        let index = &selections[at].index;
+        sparsity.counts.inputs[part.proj as usize].add(index.len(), x.len());
+        *sparsity.bytes += rule.reads.bytes(Kept::of(index));
     }
     for part in parts.iter_mut() {
         let Some(rule) = plan.input(part.proj) else { continue };
         let Some(at) = made.iter().position(|s| **s == rule.selector) else { continue };
         let (index, value) = (&selections[at].index[..], &selections[at].value[..]);
-        jobs.push(axpy::Job { wt: rule.weight.matrix(), index, value, y: &mut *part.out });
+        jobs.push(axpy::Job { w: rule.weight.columns(), index, value, y: &mut *part.out });
     }
     axpy::run(pool, &mut jobs);
     for part in parts {
@@ -175,12 +175,12 @@ impl Neurons<'_> {
         if let Some(then) = &self.rule.then {
             chosen.narrow(then, product, &mut scratch);
         }
-        let wt = self.rule.down.matrix();
-        axpy::run(pool, &mut [axpy::Job { wt, index: &chosen.index, value: product, y }]);
+        let w = self.rule.down.columns();
+        axpy::run(pool, &mut [axpy::Job { w, index: &chosen.index, value: product, y }]);
         if let Some(bias) = self.down_bias {
             elementwise::add(y, bias);
         }
-        bytes += (chosen.index.len() * self.rule.channel_bytes) as u64;
+        bytes += self.rule.reads.bytes(Kept::of(&chosen.index));
         linears.selections = [chosen, scratch, third];
         Used { kept, bytes }
     }

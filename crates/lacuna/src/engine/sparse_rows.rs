@@ -1,7 +1,7 @@
 //! Several rows through one plan: each row keeps its own channels, a channel that several keep is read once.
 
 use super::{
-    compiled::{InputRule, LayerPlan},
+    compiled::{InputRule, Kept, LayerPlan},
     linear::{Linears, Part, Sparsity},
     sparse::{Neurons, Selection, Used},
 };
@@ -24,7 +24,7 @@ pub(super) fn inputs(
     mut parts: Vec<Part<'_>>,
 ) {
     let width = x.len() / n;
-    let mut made: Vec<(&Selector, Vec<Selection>, usize)> = Vec::with_capacity(parts.len());
+    let mut made: Vec<(&Selector, Vec<Selection>, Kept)> = Vec::with_capacity(parts.len());
     for part in &parts {
         let Some(rule) = plan.input(part.proj) else { continue };
         if !made.iter().any(|(selector, ..)| **selector == rule.selector) {
@@ -46,8 +46,8 @@ pub(super) fn inputs(
         let Some(rule) = plan.input(part.proj) else { continue };
         let count = &mut sparsity.counts.inputs[part.proj as usize];
         x.iter().for_each(|(index, _)| count.add(index.len(), width));
-        *sparsity.bytes += of(rule).map_or(0, |(.., read)| (read * rule.channel_bytes) as u64);
-        jobs.push(axpy::multi::Job { wt: rule.weight.matrix(), x, y: &mut *part.out });
+        *sparsity.bytes += of(rule).map_or(0, |(.., read)| rule.reads.bytes(*read));
+        jobs.push(axpy::multi::Job { w: rule.weight.columns(), x, y: &mut *part.out });
     }
     axpy::multi::run(pool, &mut jobs);
     for part in parts {
@@ -93,18 +93,18 @@ pub(super) fn neurons(
             }
             product.iter_mut().zip(up_row).for_each(|(p, u)| *p *= *u);
         }
-        bytes += (union(&rows, inner) * up.weight.matrix().row_bytes()) as u64;
+        bytes += union(&rows, inner).channels * up.weight.matrix().row_bytes() as u64;
     }
     if let Some(then) = &w.rule.then {
         let mut scratch = Selection::default();
         rows.iter_mut().zip(&mut products).for_each(|(s, p)| s.narrow(then, p, &mut scratch));
     }
     let lists: Vec<(&[u32], &[f32])> = rows.iter().zip(&products).map(|(s, p)| (&s.index[..], &p[..])).collect();
-    axpy::multi::run(pool, &mut [axpy::multi::Job { wt: w.rule.down.matrix(), x: &lists, y: &mut *y }]);
+    axpy::multi::run(pool, &mut [axpy::multi::Job { w: w.rule.down.columns(), x: &lists, y: &mut *y }]);
     if let Some(bias) = w.down_bias {
         y.chunks_exact_mut(outputs).for_each(|y| elementwise::add(y, bias));
     }
-    bytes += (union(&rows, inner) * w.rule.channel_bytes) as u64;
+    bytes += w.rule.reads.bytes(union(&rows, inner));
     Used { kept, bytes }
 }
 
@@ -114,9 +114,10 @@ fn selected(selector: &Selector, x: &[f32]) -> Selection {
     selection
 }
 
-/// How many channels of `width` at least one row keeps.
-fn union(rows: &[Selection], width: usize) -> usize {
+/// The channels of `width` that at least one row keeps.
+fn union(rows: &[Selection], width: usize) -> Kept {
     let mut kept = vec![false; width];
     rows.iter().flat_map(|s| &s.index).for_each(|&i| kept[i as usize] = true);
-    kept.iter().filter(|k| **k).count()
+    let index: Vec<u32> = (0..width as u32).filter(|i| kept[*i as usize]).collect();
+    Kept::of(&index)
 }

@@ -1,7 +1,8 @@
-//! Input-major copies of output-major weights: `W[out, in]` becomes `W^T[in, out]`, one run per input channel.
+//! Copies of output-major weights whose input channels can be read one by one.
 //!
-//! Floats are moved, so the copy is exact. Quantised weights are decoded and quantised again, because a skipped channel
-//! must be able to skip its scales: the groups of 32 then lie along the outputs.
+//! Floats are moved: `W[out, in]` becomes `W^T[in, out]`, one run per channel. The codes of Q8_0 and Q4_0 are moved too,
+//! and their scales stay with groups of channels ([`Orientation::InputGroups`]): a copy holds the same numbers. Only the
+//! K-quants, whose blocks are 256 long and have scales of scales, are decoded and quantised again.
 
 use lacuna_core::{
     bytes::Bytes,
@@ -9,50 +10,81 @@ use lacuna_core::{
 };
 use lacuna_kernels::{
     Format,
+    axpy::groups,
     convert::{decode_run, encode_run},
 };
 
 /// Side of a tile; also the group of the block formats that are written.
 const TILE: usize = 32;
 
-/// The format of an input-major copy, and what to tell the user where it is not the same numbers.
-pub fn input_major_format(source: Format, outputs: usize) -> (Format, Option<String>) {
-    let target = match source {
-        Format::F32 | Format::F16 | Format::Bf16 => return (source, None),
-        Format::Q8_0 | Format::Q6K => Format::Q8_0,
-        Format::Q4_0 | Format::Q4K => Format::Q4_0,
-    };
-    let from = source.name();
-    if !outputs.is_multiple_of(target.block_len()) {
-        let note =
-            format!("{from} with {outputs} outputs (not a multiple of {TILE}) is kept as F16 in input-major form");
-        return (Format::F16, Some(note));
-    }
-    (target, Some(format!("{from} is quantised again to {} with groups along the outputs", target.name())))
+/// How the copy of a weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyForm {
+    /// Format.
+    pub format: Format,
+    /// One of the input-wise orientations.
+    pub orientation: Orientation,
 }
 
-/// The input-major copy of an output-major weight, in the format of [`input_major_format`].
+impl CopyForm {
+    /// The form for a weight of `source`, and what to tell the user where it is not the same numbers.
+    pub fn of(source: Format, inputs: usize) -> (Self, Option<String>) {
+        let (format, orientation) = match source {
+            Format::F32 | Format::F16 | Format::Bf16 => (source, Orientation::InputMajor),
+            Format::Q8_0 | Format::Q6K => (Format::Q8_0, Orientation::InputGroups),
+            Format::Q4_0 | Format::Q4K => (Format::Q4_0, Orientation::InputGroups),
+        };
+        let from = source.name();
+        if format == source {
+            return (Self { format, orientation }, None);
+        }
+        debug_assert!(inputs.is_multiple_of(TILE), "K-quants have whole blocks of 256 inputs");
+        let note = format!("{from} is quantised again to {} for reading by channels", format.name());
+        (Self { format, orientation }, Some(note))
+    }
+
+    /// The form for `weight`: what it is, if it can be read by channels already.
+    pub fn for_weight(weight: &Weight) -> (Self, Option<String>) {
+        match weight.orientation() {
+            Orientation::OutputMajor => Self::of(weight.format(), weight.inputs()),
+            orientation => (Self { format: weight.format(), orientation }, None),
+        }
+    }
+
+    /// Bytes of a copy of a matrix.
+    pub fn bytes(self, outputs: usize, inputs: usize) -> Option<usize> {
+        match self.orientation {
+            Orientation::InputGroups => groups::bytes(self.format, outputs, inputs),
+            _ => self.format.run_bytes(outputs)?.checked_mul(inputs),
+        }
+    }
+}
+
+/// The copy of an output-major weight, in the form of [`CopyForm::of`].
 ///
 /// # Panics
-/// If `weight` is input-major already.
-pub fn input_major(weight: &Weight) -> Weight {
+/// If `weight` is not output-major.
+pub fn by_channels(weight: &Weight) -> Weight {
     assert_eq!(weight.orientation(), Orientation::OutputMajor, "only output-major weights are copied");
-    let (format, _) = input_major_format(weight.format(), weight.outputs());
+    let (form, _) = CopyForm::for_weight(weight);
     let (outputs, inputs) = (weight.outputs(), weight.inputs());
-    let run = format.run_bytes(outputs).expect("input_major_format picks a format whose blocks divide the outputs");
-    let mut out = vec![0; run * inputs];
-    match (weight.format() == format, format.block_bytes()) {
-        (true, 2) => move_values::<2>(weight.bytes(), inputs, outputs, &mut out),
-        (true, 4) => move_values::<4>(weight.bytes(), inputs, outputs, &mut out),
-        _ => recode(weight, format, &mut out),
-    }
-    Weight::new(format, Orientation::InputMajor, outputs, inputs, Bytes::from(out))
+    let out = match (weight.format() == form.format, form.format) {
+        (true, Format::F16 | Format::Bf16) => moved::<2>(weight.bytes(), inputs, outputs),
+        (true, Format::F32) => moved::<4>(weight.bytes(), inputs, outputs),
+        (true, _) => groups::pack(&weight.matrix()).expect("a block format whose blocks divide the inputs"),
+        (false, _) => {
+            let again = recoded(weight, form.format);
+            groups::pack(&again.matrix()).expect("a block format whose blocks divide the inputs")
+        }
+    };
+    Weight::new(form.format, form.orientation, outputs, inputs, Bytes::from(out))
         .expect("the copy has the length of its shape")
 }
 
 /// Transposes values of `N` bytes, tile by tile so that both sides stay in the cache.
-fn move_values<const N: usize>(source: &[u8], inputs: usize, outputs: usize, out: &mut [u8]) {
-    let (source, out) = (source.as_chunks::<N>().0, out.as_chunks_mut::<N>().0);
+fn moved<const N: usize>(source: &[u8], inputs: usize, outputs: usize) -> Vec<u8> {
+    let mut bytes = vec![0; source.len()];
+    let (source, out) = (source.as_chunks::<N>().0, bytes.as_chunks_mut::<N>().0);
     for o0 in (0..outputs).step_by(TILE) {
         for i0 in (0..inputs).step_by(TILE) {
             for i in i0..(i0 + TILE).min(inputs) {
@@ -62,28 +94,19 @@ fn move_values<const N: usize>(source: &[u8], inputs: usize, outputs: usize, out
             }
         }
     }
+    bytes
 }
 
-/// Decodes a strip of 32 outputs, and encodes from each of its channels the 32 values of one run.
-fn recode(weight: &Weight, format: Format, out: &mut [u8]) {
+/// The weight in another block format, output-major.
+fn recoded(weight: &Weight, format: Format) -> Weight {
     let (outputs, inputs, matrix) = (weight.outputs(), weight.inputs(), weight.matrix());
-    let run = out.len() / inputs.max(1);
-    let mut strip = vec![0.0; TILE * inputs];
-    let mut values = [0.0; TILE];
-    for o0 in (0..outputs).step_by(TILE) {
-        let n = TILE.min(outputs - o0);
-        for (o, row) in strip.chunks_exact_mut(inputs).take(n).enumerate() {
-            decode_run(matrix.format(), matrix.row(o0 + o), row);
-        }
-        let start = o0 / format.block_len() * format.block_bytes();
-        let length = n / format.block_len() * format.block_bytes();
-        for i in 0..inputs {
-            for (o, v) in values[..n].iter_mut().enumerate() {
-                *v = strip[o * inputs + i];
-            }
-            encode_run(format, &values[..n], &mut out[i * run + start..][..length]);
-        }
+    let run = format.run_bytes(inputs).expect("blocks of 32 divide those of 256");
+    let (mut out, mut row) = (vec![0; run * outputs], vec![0.0; inputs]);
+    for (o, run) in out.chunks_exact_mut(run.max(1)).enumerate() {
+        decode_run(matrix.format(), matrix.row(o), &mut row);
+        encode_run(format, &row, run);
     }
+    Weight::new(format, Orientation::OutputMajor, outputs, inputs, out.into()).expect("a run per output")
 }
 
 #[cfg(test)]
@@ -108,46 +131,46 @@ mod tests {
         rows
     }
 
-    fn worst(a: &Weight, b: &Weight) -> f32 {
-        let (a, b) = (decoded(a), decoded(b));
-        let pairs = a.iter().enumerate().flat_map(|(o, row)| row.iter().enumerate().map(move |(i, v)| (o, i, *v)));
-        pairs.map(|(o, i, v)| (v - b[i][o]).abs()).fold(0.0, f32::max)
-    }
-
     #[test]
     fn floats_move_exactly() {
         for format in [Format::F32, Format::F16, Format::Bf16] {
             for (outputs, inputs) in [(1, 1), (33, 70), (64, 32), (5, 100)] {
                 let w = weight(format, outputs, inputs);
-                let t = input_major(&w);
+                let t = by_channels(&w);
                 assert_eq!((t.format(), t.orientation()), (format, Orientation::InputMajor));
-                assert_eq!(worst(&w, &t), 0.0, "{format:?} {outputs}x{inputs}");
+                let (a, b) = (decoded(&w), decoded(&t));
+                for (o, row) in a.iter().enumerate() {
+                    row.iter().enumerate().for_each(|(i, v)| assert_eq!(*v, b[i][o], "{format:?} {o} {i}"));
+                }
             }
         }
     }
 
     #[test]
-    fn quantised_weights_keep_their_bits_and_bound_their_error() {
+    fn codes_move_and_k_quants_keep_their_bits_and_bound_their_error() {
         // Values span [-1, 1]: half a step of 2/255 and of 2/16 at most (Q4_0's positive end is one step short).
         for (from, to, bound) in [
-            (Format::Q8_0, Format::Q8_0, 0.005),
+            (Format::Q8_0, Format::Q8_0, 0.0),
             (Format::Q6K, Format::Q8_0, 0.005),
-            (Format::Q4_0, Format::Q4_0, 0.15),
+            (Format::Q4_0, Format::Q4_0, 0.0),
             (Format::Q4K, Format::Q4_0, 0.15),
         ] {
-            let w = weight(from, 64, 256);
-            let t = input_major(&w);
-            assert_eq!(t.format(), to);
-            assert!(worst(&w, &t) <= bound, "{from:?}: {}", worst(&w, &t));
+            let w = weight(from, 33, 256);
+            let t = by_channels(&w);
+            assert_eq!((t.format(), t.orientation()), (to, Orientation::InputGroups));
+            assert_eq!(Some(t.bytes().len()), CopyForm::for_weight(&w).0.bytes(33, 256));
+            assert_eq!(CopyForm::for_weight(&w).1.is_some(), from != to);
+            assert_eq!(
+                CopyForm::for_weight(&t),
+                (CopyForm { format: to, orientation: Orientation::InputGroups }, None)
+            );
+            if from == to {
+                assert_eq!(Some(t.bytes().to_vec()), groups::pack(&w.matrix()));
+                continue;
+            }
+            let (a, b) = (decoded(&w), decoded(&recoded(&w, to)));
+            let worst = a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst > 0.0 && worst <= bound, "{from:?}: {worst}");
         }
-    }
-
-    #[test]
-    fn odd_outputs_fall_back_to_f16_and_say_so() {
-        let w = weight(Format::Q8_0, 33, 64);
-        let t = input_major(&w);
-        assert_eq!(t.format(), Format::F16);
-        assert!(worst(&w, &t) < 0.001);
-        assert!(input_major_format(Format::Q8_0, 33).1.unwrap().contains("33 outputs"));
     }
 }

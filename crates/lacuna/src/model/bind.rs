@@ -4,7 +4,6 @@ use super::names::{Experts, GateUp, Names, Qkv, fill};
 use super::source::{Source, plain};
 use super::spec::{BlockSpec, MlpSpec, NormKind, Position, Spec};
 use super::weights::{Block, Gated, Linear, Mlp, Model, Norm, StoredPredictor};
-use crate::engine::transpose::input_major_format;
 use crate::error::{Error, Result};
 use lacuna_core::weight::{Orientation, Weight};
 use std::ops::Range;
@@ -223,7 +222,8 @@ impl Binder<'_> {
         }
         let stored = self.source.matrix(&name, inner, width)?;
         let what = || format!("tensor `{name}` of type {} in `[inputs, outputs]` order", stored.format().name());
-        let kept = input_major_format(stored.format(), width).0 == stored.format();
+        // Runs of the longer blocks have no kernel that adds them one by one.
+        let kept = stored.format().block_len() <= 32;
         let bytes = stored.bytes().clone();
         let weight = Weight::new(stored.format(), Orientation::InputMajor, width, inner, bytes).filter(|_| kept);
         let weight = weight.ok_or_else(|| Error::Unsupported {

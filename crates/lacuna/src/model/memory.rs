@@ -7,7 +7,7 @@
 use super::checkpoint::Checkpoint;
 use super::spec::{BlockSpec, MlpSpec, Spec};
 use super::weights::Model;
-use crate::engine::{kv_bytes, transpose::input_major_format};
+use crate::engine::{kv_bytes, transpose::CopyForm};
 use crate::error::{Error, Result};
 use lacuna_core::map::LoadMode;
 use lacuna_core::plan::{Entry, Plan, Rule};
@@ -72,15 +72,15 @@ impl MemoryEstimate {
         }
     }
 
-    /// The estimate for a run of `model`, whose dense estimate this is, by `plan`: input-major copies take the place of
+    /// The estimate for a run of `model`, whose dense estimate this is, by `plan`: copies by channels take the place of
     /// the weights that the plan reads by columns.
     #[must_use]
     pub fn with_plan(self, model: &Model, plan: &Plan) -> Self {
-        let copies = replaced(model, plan).map(input_major_bytes).sum();
+        let copies = replaced(model, plan).map(copy_bytes).sum();
         Self { weights: self.weights.saturating_sub(self.replaced(model, plan)).saturating_add(copies), ..self }
     }
 
-    /// Bytes of the weights that have input-major copies in a run by `plan`.
+    /// Bytes of the weights that have copies by channels in a run by `plan`.
     pub fn replaced(&self, model: &Model, plan: &Plan) -> u64 {
         replaced(model, plan).map(|w| w.bytes().len() as u64).sum()
     }
@@ -115,9 +115,9 @@ fn replaced<'m>(model: &'m Model, plan: &Plan) -> impl Iterator<Item = &'m Weigh
     plan.entries.iter().flat_map(of).filter(|w| w.orientation() == Orientation::OutputMajor)
 }
 
-fn input_major_bytes(weight: &Weight) -> u64 {
-    let (format, _) = input_major_format(weight.format(), weight.outputs());
-    format.run_bytes(weight.outputs()).map_or(0, |run| run as u64 * weight.inputs() as u64)
+fn copy_bytes(weight: &Weight) -> u64 {
+    let (form, _) = CopyForm::for_weight(weight);
+    form.bytes(weight.outputs(), weight.inputs()).map_or(0, |n| n as u64)
 }
 
 /// Every tensor as it is kept. Of an embedding that is not the head as well, a mapped file gives only the pages around

@@ -1,0 +1,299 @@
+//! Columns of block formats with their own scales: the codes of a channel lie together, and the scales stay what they are.
+//!
+//! Blocks of Q8_0 and Q4_0 lie along the inputs, so a channel's codes belong to as many blocks as there are outputs.
+//! [`pack`] moves the codes of each channel side by side and leaves the scales per group of 32 channels: nothing is
+//! quantised again, and a sum over some channels is the dense product without the others, in the same integers. For
+//! that a sum reads the scales of every group that it meets.
+//!
+//! Layout, for `groups = inputs / 32` and outputs padded to units ([`unit`]): first `groups` rows of f16 scales, one per
+//! output; then the channels, each a row of 64 bytes per unit. Channel `c` of group `g` is row `c * groups + g`: the rows
+//! of a group lie far apart, so that each has its own page and its own hardware prefetch stream, and the next group's
+//! follow each of them. Within 64 bytes, byte `16 l + 4 k + i` is that of output `16 k + 4 l + i`, the order in which
+//! four interleaved channels fall into whole registers; Q4_0 has outputs `k` below 4 in the low nibbles and those 64
+//! further in the high ones. Codes are unsigned: 8 or 128 too large.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+#[cfg(test)]
+mod tests;
+mod unpack;
+
+use crate::{Format, Isa, Matrix};
+use std::ops::Range;
+
+pub(crate) use unpack::unpack;
+
+/// Channels that share their scales.
+pub(crate) const GROUP: usize = 32;
+/// Bytes of a channel's unit.
+const LINE: usize = 64;
+
+/// Outputs in one unit: 64 bytes of codes. `None` for formats without this form.
+pub const fn unit(format: Format) -> Option<usize> {
+    match format {
+        Format::Q8_0 => Some(LINE),
+        Format::Q4_0 => Some(2 * LINE),
+        _ => None,
+    }
+}
+
+/// What the unsigned codes are too large by.
+const fn offset(format: Format) -> i32 {
+    if matches!(format, Format::Q4_0) { 8 } else { 128 }
+}
+
+/// Bytes that [`pack`] makes of a matrix; `None` if the format has no such form, `inputs` are not whole groups, or the
+/// size overflows.
+pub fn bytes(format: Format, outputs: usize, inputs: usize) -> Option<usize> {
+    let units = outputs.div_ceil(unit(format)?);
+    if !inputs.is_multiple_of(GROUP) {
+        return None;
+    }
+    let scales = (inputs / GROUP).checked_mul(units.checked_mul(unit(format)?)?)?.checked_mul(2)?;
+    inputs.checked_mul(units.checked_mul(LINE)?)?.checked_add(scales)
+}
+
+/// Bytes of one channel's codes; `None` if the format has no such form.
+pub fn channel_bytes(format: Format, outputs: usize) -> Option<usize> {
+    outputs.div_ceil(unit(format)?).checked_mul(LINE)
+}
+
+/// A view of a packed matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Groups<'a> {
+    format: Format,
+    outputs: usize,
+    inputs: usize,
+    scales: &'a [u8],
+    codes: &'a [u8],
+}
+
+impl<'a> Groups<'a> {
+    /// A view of `data`; `None` if its length is not that of [`bytes()`].
+    pub fn new(format: Format, outputs: usize, inputs: usize, data: &'a [u8]) -> Option<Self> {
+        if bytes(format, outputs, inputs)? != data.len() {
+            return None;
+        }
+        let units = outputs.div_ceil(unit(format)?);
+        let (scales, codes) = data.split_at(data.len() - inputs * units * LINE);
+        Some(Self { format, outputs, inputs, scales, codes })
+    }
+
+    /// How the codes are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Number of channels.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Length of a channel.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Bytes that a sum over the channels `index` (ascending) reads.
+    pub fn bytes_of(&self, index: &[u32]) -> usize {
+        let mut groups = 0;
+        let mut last = u32::MAX;
+        for i in index {
+            groups += usize::from(i / GROUP as u32 != last);
+            last = i / GROUP as u32;
+        }
+        index.len() * self.row_bytes() + groups * self.scale_bytes()
+    }
+
+    fn groups(&self) -> usize {
+        self.inputs / GROUP
+    }
+
+    fn units(&self) -> usize {
+        self.outputs.div_ceil(self.unit())
+    }
+
+    fn unit(&self) -> usize {
+        if self.format == Format::Q4_0 { 2 * LINE } else { LINE }
+    }
+
+    pub(super) fn row_bytes(&self) -> usize {
+        self.units() * LINE
+    }
+
+    fn scale_bytes(&self) -> usize {
+        self.units() * self.unit() * 2
+    }
+
+    /// The codes of a row.
+    fn row(&self, row: usize) -> &'a [u8] {
+        &self.codes[row * self.row_bytes()..][..self.row_bytes()]
+    }
+
+    /// The scales of a group.
+    fn scales(&self, group: usize) -> &'a [u8] {
+        &self.scales[group * self.scale_bytes()..][..self.scale_bytes()]
+    }
+}
+
+/// The place of output `o` of a unit: its byte, and whether it is the upper nibble.
+const fn place(o: usize) -> (usize, bool) {
+    let (k, l, i) = (o / 16, o / 4 % 4, o % 4);
+    (16 * l + 4 * (k % 4) + i, k >= 4)
+}
+
+/// Moves the codes and scales of an output-major matrix into this form; `None` if [`bytes()`] is.
+pub fn pack(w: &Matrix) -> Option<Vec<u8>> {
+    let (format, outputs, inputs) = (w.format(), w.rows(), w.cols());
+    let mut out = vec![0; bytes(format, outputs, inputs)?];
+    let (groups, unit) = (inputs / GROUP, unit(format)?);
+    let units = outputs.div_ceil(unit);
+    let (scales, codes) = out.split_at_mut(groups * units * unit * 2);
+    let row = units * LINE;
+    for o in 0..outputs {
+        let (byte, upper) = place(o % unit);
+        let at = o / unit * LINE + byte;
+        for (g, block) in w.row(o).chunks_exact(format.block_bytes()).enumerate() {
+            scales[(g * units * unit + o) * 2..][..2].copy_from_slice(&block[..2]);
+            for c in 0..GROUP {
+                let code = &mut codes[(c * groups + g) * row + at];
+                match format {
+                    Format::Q4_0 => {
+                        let nibble = block[2 + c % 16] >> (c / 16 * 4) & 15;
+                        *code |= nibble << (4 * u8::from(upper));
+                    }
+                    _ => *code = block[2 + c] ^ 0x80,
+                }
+            }
+        }
+    }
+    Some(out)
+}
+
+/// The chosen channels of one sum, quantised as the dense products quantise their vector: per group, `d = max |x| / 127`
+/// and `q = round(x / d)`.
+#[derive(Debug, Default)]
+pub(super) struct Operand {
+    groups: Vec<Group>,
+    /// Four channels each; a group's last is filled up with channels times zero.
+    quads: Vec<Quad>,
+    channels: usize,
+}
+
+/// The channels of a sum that share their scales.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    number: u32,
+    /// First of its quads.
+    first: u32,
+    /// What codes are multiplied with, beside their scale.
+    d: f32,
+    /// Takes the offset of the codes back: that times the sum of all `q`.
+    bias: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Quad {
+    /// Rows of the codes.
+    rows: [u32; 4],
+    q: [i8; 4],
+}
+
+impl Operand {
+    /// Quantises `value`, the values of the channels `index`; ascending channels are read best, and others are right too.
+    pub(super) fn new(isa: Isa, w: &Groups, index: &[u32], value: &[f32]) -> Self {
+        let mut operand = Self {
+            groups: Vec::with_capacity(w.groups().min(index.len())),
+            quads: Vec::with_capacity(index.len() / 4 + w.groups().min(index.len())),
+            channels: index.len(),
+        };
+        match isa {
+            // SAFETY: the caller has checked that the CPU has this instruction set.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => unsafe { avx512::fill(&mut operand, w, index, value) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::fill(&mut operand, w, index, value) },
+            _ => operand.fill(w, index, value),
+        }
+        operand
+    }
+
+    /// Compiled for each instruction set.
+    #[inline(always)]
+    fn fill(&mut self, w: &Groups, index: &[u32], value: &[f32]) {
+        let mut start = 0;
+        while let Some(&first) = index.get(start) {
+            let number = first / GROUP as u32;
+            let same = index[start..].iter().take(GROUP).take_while(|i| **i / GROUP as u32 == number).count();
+            self.push(w, number, &index[start..start + same], &value[start..start + same]);
+            start += same;
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, w: &Groups, number: u32, index: &[u32], value: &[f32]) {
+        let mut x = [0.0; GROUP];
+        x[..value.len()].copy_from_slice(value);
+        // A NaN is no maximum, so the sum tells: it reaches the scale and so every output.
+        let mut lanes = ([0.0_f32; 8], [0.0_f32; 8]);
+        for x in x.as_chunks::<8>().0 {
+            for (i, x) in x.iter().enumerate() {
+                lanes.0[i] = if x.abs() > lanes.0[i] { x.abs() } else { lanes.0[i] };
+                lanes.1[i] += x * 0.0;
+            }
+        }
+        let largest = lanes.0.iter().fold(0.0_f32, |m, v| m.max(*v)) + lanes.1.iter().sum::<f32>();
+        let d = largest / 127.0;
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        // Adding 1.5 * 2^23 rounds to whole numbers, ties to even, in the low bits.
+        let q = x.map(|v| (v * inverse + 12_582_912.0).to_bits() as i8);
+        let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
+        self.groups.push(Group { number, first: self.quads.len() as u32, d, bias: -offset(w.format) * sum });
+        let groups = w.groups() as u32;
+        let row = |i: u32| i % GROUP as u32 * groups + number;
+        for (k, four) in index.chunks(4).enumerate() {
+            let rows = std::array::from_fn(|i| row(*four.get(i).unwrap_or(&four[0])));
+            self.quads.push(Quad { rows, q: std::array::from_fn(|i| q[4 * k + i]) });
+        }
+    }
+
+    /// Channels in all.
+    pub(super) fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Groups of channels.
+    pub(super) fn len(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// A group and its quads.
+    fn group(&self, g: usize) -> (Group, &[Quad]) {
+        let end = self.groups.get(g + 1).map_or(self.quads.len(), |next| next.first as usize);
+        (self.groups[g], &self.quads[self.groups[g].first as usize..end])
+    }
+
+    /// The quads of group `g`, none after the last.
+    fn quads_of(&self, g: usize) -> &[Quad] {
+        if g < self.groups.len() { self.group(g).1 } else { &[] }
+    }
+}
+
+/// Adds the sums over the groups `range` of `x` to `y`, the outputs from `first` on (a multiple of [`unit`]).
+pub(super) fn add(isa: Isa, w: &Groups, x: &Operand, range: Range<usize>, first: usize, y: &mut [f32]) {
+    assert!(first.is_multiple_of(w.unit()) && first + y.len() <= w.outputs, "whole units from `first` on");
+    match isa {
+        // SAFETY: the caller has checked that the CPU has this instruction set; rows and groups are those of `w`, as
+        // `Operand::new` makes them.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::add(w, x, range, first / w.unit(), y) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::add(w, x, range, first / w.unit(), y) },
+        _ => scalar::add(w, x, range, first, y),
+    }
+}

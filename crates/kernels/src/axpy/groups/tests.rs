@@ -1,0 +1,150 @@
+//! Packed columns against the blocks they were made of: exact moves, sums on all instruction sets, threads and zeros.
+
+use super::*;
+use crate::axpy::{self, Columns, Job};
+use crate::testing::{Guarded, Random, stored};
+use crate::{Pool, convert, isa};
+
+const FORMATS: [Format; 2] = [Format::Q8_0, Format::Q4_0];
+const SHAPES: [(usize, usize); 12] = [
+    (1, 32),
+    (5, 64),
+    (16, 96),
+    (63, 32),
+    (64, 160),
+    (65, 64),
+    (127, 32),
+    (128, 1024),
+    (130, 96),
+    (300, 2048),
+    (4099, 64),
+    (8200, 32),
+];
+
+/// An output-major matrix and its packed form, which ends at a guard page.
+fn case(format: Format, (outputs, inputs): (usize, usize), random: &mut Random) -> (Vec<u8>, Guarded) {
+    let plain = stored(format, outputs * inputs, random);
+    let packed = pack(&Matrix::new(format, outputs, inputs, &plain).unwrap()).unwrap();
+    assert_eq!(Some(packed.len()), bytes(format, outputs, inputs));
+    (plain, Guarded::new(&packed))
+}
+
+fn bits(v: &[f32]) -> Vec<u32> {
+    v.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn codes_and_scales_are_moved_and_not_changed() {
+    let mut random = Random(3);
+    for format in FORMATS {
+        for (outputs, inputs) in SHAPES {
+            let (plain, packed) = case(format, (outputs, inputs), &mut random);
+            let m = Matrix::new(format, outputs, inputs, &plain).unwrap();
+            let w = Groups::new(format, outputs, inputs, packed.bytes()).unwrap();
+            let mut row = vec![0.0; inputs];
+            for o in 0..outputs {
+                convert::decode_run(format, m.row(o), &mut row);
+                let (byte, upper) = place(o % w.unit());
+                for (i, want) in row.iter().enumerate() {
+                    let code = w.row(i % GROUP * w.groups() + i / GROUP)[o / w.unit() * LINE + byte];
+                    let code = if format == Format::Q4_0 { code >> (4 * u8::from(upper)) & 15 } else { code };
+                    let scale = &w.scales(i / GROUP)[2 * o..][..2];
+                    let scale = half::f16::from_le_bytes([scale[0], scale[1]]).to_f32();
+                    assert_eq!((i32::from(code) - offset(format)) as f32 * scale, *want, "{format:?} {o} {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_are_those_of_the_blocks_on_every_isa() {
+    let mut random = Random(4);
+    for format in FORMATS {
+        for (outputs, inputs) in SHAPES {
+            let (plain, packed) = case(format, (outputs, inputs), &mut random);
+            let m = Matrix::new(format, outputs, inputs, &plain).unwrap();
+            let w = Groups::new(format, outputs, inputs, packed.bytes()).unwrap();
+            for one_in in [1, 2, 5, 40] {
+                let index: Vec<u32> = (0..inputs as u32).filter(|_| random.bits().is_multiple_of(one_in)).collect();
+                let value = random.floats(index.len());
+                let mut first = vec![f32::NAN; outputs];
+                let run = |isa, threads, y: &mut [f32]| {
+                    let job = Job { w: Columns::Groups(w), index: &index, value: &value, y };
+                    axpy::run_on(isa, &Pool::new(threads), &mut [job]);
+                };
+                run(Isa::Scalar, 1, &mut first);
+                // Values are rounded to 1/254 of the largest of their group at most.
+                let mut row = vec![0.0; inputs];
+                for (o, y) in first.iter().enumerate() {
+                    convert::decode_run(format, m.row(o), &mut row);
+                    let of = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+                        index.iter().zip(&value).map(|(&i, &v)| f(f64::from(row[i as usize]), f64::from(v))).sum()
+                    };
+                    let (want, room) = (of(&|w, v| w * v), of(&|w, _| w.abs() / 254.0));
+                    assert!(
+                        (f64::from(*y) - want).abs() <= room * 1.001 + 1e-6,
+                        "{format:?} {outputs}x{inputs}: {y} {want}"
+                    );
+                }
+                for isa in isa::available() {
+                    let mut y = vec![f32::NAN; outputs];
+                    run(isa, 3, &mut y);
+                    assert_eq!(bits(&y), bits(&first), "{format:?} {isa} {outputs}x{inputs} 1/{one_in}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn zeros_order_and_company_change_no_bit() {
+    let mut random = Random(5);
+    for format in FORMATS {
+        let (outputs, inputs) = (200, 2048);
+        let (_, packed) = case(format, (outputs, inputs), &mut random);
+        let w = Columns::Groups(Groups::new(format, outputs, inputs, packed.bytes()).unwrap());
+        let mut value = random.floats(inputs);
+        value.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+        let all: Vec<u32> = (0..inputs as u32).collect();
+        let live: Vec<u32> = all.iter().copied().filter(|&i| value[i as usize] != 0.0).collect();
+        let live_value: Vec<f32> = live.iter().map(|&i| value[i as usize]).collect();
+        for isa in isa::available() {
+            let mut y = [vec![0.0; outputs], vec![0.0; outputs]];
+            let [a, b] = &mut y;
+            axpy::run_on(isa, &Pool::new(2), &mut [Job { w, index: &all, value: &value, y: a }]);
+            axpy::run_on(isa, &Pool::new(1), &mut [Job { w, index: &live, value: &live_value, y: b }]);
+            assert_eq!(bits(&y[0]), bits(&y[1]), "{format:?} {isa}");
+            let few = ([7_u32, 40], [1.0_f32, -2.0]);
+            let x: Vec<(&[u32], &[f32])> = vec![(&few.0, &few.1), (&all, &value), (&[], &[])];
+            let mut together = vec![f32::NAN; 3 * outputs];
+            axpy::multi::run_on(isa, &Pool::new(2), &mut [axpy::multi::Job { w, x: &x, y: &mut together }]);
+            assert_eq!(bits(&together[outputs..2 * outputs]), bits(&y[0]), "{format:?} {isa}");
+            assert!(together[2 * outputs..].iter().all(|y| *y == 0.0));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_reaches_every_output() {
+    let mut random = Random(6);
+    let (_, packed) = case(Format::Q4_0, (70, 64), &mut random);
+    let w = Columns::Groups(Groups::new(Format::Q4_0, 70, 64, packed.bytes()).unwrap());
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for isa in isa::available() {
+            let mut y = vec![0.0; 70];
+            axpy::run_on(isa, &Pool::new(1), &mut [Job { w, index: &[1, 33, 40], value: &[1.0, bad, 2.0], y: &mut y }]);
+            assert!(y.iter().all(|y| !y.is_finite()), "{isa} {bad}");
+        }
+    }
+}
+
+#[test]
+fn shapes_that_have_no_such_form() {
+    assert_eq!(bytes(Format::Bf16, 32, 32), None);
+    assert_eq!(bytes(Format::Q8_0, 32, 48), None);
+    assert_eq!(bytes(Format::Q8_0, usize::MAX, 64), None);
+    assert!(Groups::new(Format::Q4_0, 1, 32, &[0; 100]).is_none());
+    // 32 rows of one line and 128 scales.
+    assert_eq!(bytes(Format::Q4_0, 1, 32), Some(32 * 64 + 256));
+}
