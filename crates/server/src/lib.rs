@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod base64;
 pub mod constraint;
 pub mod error;
 pub mod fields;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Server, engine, greedy, text, tokenizer};
+use common::{Server, Setup, engine, greedy, text, tokenizer};
 use lacuna::{
     engine::{
         generate::{Flow, Limits, generate},
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// What the library makes of a prompt.
 fn alone(prompt: &str, options: SamplerOptions, limits: &Limits) -> String {
-    let (engine, tokenizer) = (engine(512), tokenizer());
+    let (engine, tokenizer) = (engine(&Setup::default()), tokenizer());
     let mut session = engine.session(512).expect("a session");
     let ids = tokenizer.encode(prompt, true).expect("tokens");
     let mut sampler = Sampler::new(options).expect("valid");
@@ -73,7 +73,7 @@ fn stop_strings_end_the_text_before_them() {
 #[test]
 fn prompts_are_scored_as_in_process() {
     let server = Server::usual();
-    let (engine, tokenizer) = (engine(512), tokenizer());
+    let (engine, tokenizer) = (engine(&Setup::default()), tokenizer());
     let texts = ["The little dog ran to the", "She was very happy because the sun"];
     let lists: Vec<Vec<u32>> = texts.iter().map(|t| tokenizer.encode(t, false).expect("tokens")).collect();
     let body = json!({

@@ -14,7 +14,7 @@ use lacuna_server::{
     fields, http,
     schedule::Options,
 };
-use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 /// Arguments of `lacuna serve`.
 #[derive(clap::Args)]
@@ -35,7 +35,7 @@ pub struct Args {
     /// Port; 0 takes any that is free.
     #[arg(long, default_value_t = 8080, env = "LACUNA_PORT")]
     port: u16,
-    /// A file of API keys, one per line: every route but /health and the files of the page wants one.
+    /// A file of API keys, one per line: every route but /health wants one.
     #[arg(long, value_name = "FILE", env = "LACUNA_API_KEY_FILE")]
     api_key_file: Option<PathBuf>,
     /// Names besides localhost under which clients may call the server (the header Host).
@@ -53,6 +53,9 @@ pub struct Args {
     /// Memory for keys and values of earlier prompts; 0 keeps none.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "256M", env = "LACUNA_PREFIX_CACHE")]
     prefix_cache: u64,
+    /// Seconds that answers under way have when the server is told to end; then they are cut.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "30", env = "LACUNA_DRAIN")]
+    drain: Duration,
     /// Metrics also under the names of vLLM.
     #[arg(long, env = "LACUNA_VLLM_METRICS")]
     vllm_metrics: bool,
@@ -105,7 +108,8 @@ pub fn run(args: Args) -> Result<Outcome> {
         templates: Some(crate::template_worker()?),
     };
     let app = Arc::new(Lacuna::new(config).context("starting the engine")?);
-    let listen = http::Options { keys, hosts: args.allowed_hosts.clone(), ..http::Options::default() };
+    let (hosts, drain_time) = (args.allowed_hosts.clone(), args.drain);
+    let listen = http::Options { keys, hosts, drain_time, ..http::Options::default() };
     let announced = (app.clone(), listen.clone());
     let host =
         if args.host.contains(':') { format!("[{}]", args.host.trim_matches(['[', ']'])) } else { args.host.clone() };
@@ -173,6 +177,12 @@ fn plan(given: &str, load: &LoadArgs, place: &Place, dense: &Engine) -> Result<(
     Ok((name, sparse::with_plan(&plan, dense)?.engine))
 }
 
+/// A time of at most a day.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let value = text.parse().ok().filter(|s| (0.0..=86_400.0).contains(s));
+    value.map(Duration::from_secs_f64).ok_or_else(|| "a number of seconds from 0 to 86400 is wanted".into())
+}
+
 /// A name for clients: letters, digits and `._-`.
 fn clean(label: &str) -> String {
     label.chars().take(96).map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect()
@@ -203,7 +213,7 @@ fn announce(at: SocketAddr, app: &Lacuna, options: &Options, listen: &http::Opti
         listen.idle_time.as_secs(),
         listen.write_time.as_secs(),
         listen.connections,
-        listen.drain_time.as_secs(),
+        listen.drain_time.as_secs_f64(),
     );
     eprintln!("fields        {} in all, see docs/server-api.md", fields::FIELDS.len());
     if !at.ip().is_loopback() && listen.keys.is_empty() {

@@ -1,7 +1,8 @@
 //! `POST /v1/embeddings`.
 
-use super::{Arrival, State, aside, base64, prepare::tokens};
+use super::{Arrival, State, aside, prepare::tokens};
 use crate::{
+    base64,
     error::{Error, Result},
     fields::Endpoint,
     http::{Reply, Request, StatusCode},

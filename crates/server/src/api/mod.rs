@@ -1,7 +1,6 @@
 //! The endpoints: requests become jobs for the [`crate::schedule`], and what comes back becomes answers.
 
 mod answer;
-mod base64;
 mod chat;
 mod completions;
 mod embeddings;

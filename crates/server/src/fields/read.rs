@@ -165,8 +165,11 @@ fn mostly_text(body: &[u8]) -> bool {
             b',' if !inside => outside += 1,
             _ => {}
         }
+        if outside > MAX_VALUES {
+            return false;
+        }
     }
-    outside <= MAX_VALUES
+    true
 }
 
 /// The value of one field, taken out of `object`; two names of one field are an error.

@@ -168,9 +168,12 @@ fn admit(server: &Server, local: Option<IpAddr>, parts: &Parts) -> Result<usize,
     let public = route.is_some_and(|r| routes[r].public);
     // Without a key nobody learns which paths there are.
     if !public && !options.keys.admit(&parts.headers) {
-        let message = "an API key is needed: `Authorization: Bearer KEY`";
+        let message = "an API key is needed: `Authorization: Bearer KEY`; a browser asks its user for it as a password";
         let refusal = error(StatusCode::UNAUTHORIZED, "invalid_api_key", message);
-        return Err(with(refusal, header::WWW_AUTHENTICATE, "Bearer"));
+        // Only what a user navigates to wants HTML: scripts get no dialog of the browser.
+        let wanted = parts.headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or("");
+        let scheme = if wanted.contains("text/html") { "Basic realm=\"API key as password\"" } else { "Bearer" };
+        return Err(with(refusal, header::WWW_AUTHENTICATE, scheme));
     }
     route.ok_or_else(|| missing(routes, path))
 }

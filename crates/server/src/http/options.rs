@@ -75,19 +75,29 @@ impl Keys {
         self.0.len()
     }
 
-    /// Whether the request carries one of the keys (`Authorization: Bearer KEY`), or none is wanted.
+    /// Whether the request carries one of the keys, or none is wanted: `Authorization: Bearer KEY`, or as a browser sends
+    /// what its user typed, the password of `Authorization: Basic`, whatever the user's name.
     pub fn admit(&self, headers: &HeaderMap) -> bool {
         if self.0.is_empty() {
             return true;
         }
         let field = headers.get(super::header::AUTHORIZATION).map_or(&b""[..], |v| v.as_bytes());
-        let given = match field.split_at_checked(7) {
-            Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
-            _ => return false,
-        };
+        let Some(given) = bearer(field).map(<[u8]>::to_vec).or_else(|| password(field)) else { return false };
         // Every key is compared, so that the time does not tell which one was close.
-        self.0.iter().fold(false, |found, key| same(key.as_bytes(), given) | found)
+        self.0.iter().fold(false, |found, key| same(key.as_bytes(), &given) | found)
     }
+}
+
+fn bearer(field: &[u8]) -> Option<&[u8]> {
+    let (scheme, key) = field.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
+}
+
+fn password(field: &[u8]) -> Option<Vec<u8>> {
+    let (scheme, coded) = field.split_at_checked(6)?;
+    let plain = crate::base64::decode(coded.trim_ascii()).filter(|_| scheme.eq_ignore_ascii_case(b"basic "))?;
+    let name = plain.iter().position(|b| *b == b':')?;
+    Some(plain[name + 1..].to_vec())
 }
 
 /// Equality in a time that depends on the lengths alone.
@@ -178,6 +188,9 @@ mod tests {
             keys.admit(&headers)
         };
         assert!(admit(Some("Bearer alpha")) && admit(Some("bearer beta ")));
+        let basic = |plain: &str| admit(Some(&format!("Basic {}", crate::base64::encode(plain.as_bytes()))));
+        assert!(basic("anybody:alpha") && basic(":beta"));
+        assert!(!basic("alpha") && !basic("alpha:") && !basic("a:alpha ") && !basic("alpha:gamma"));
         for bad in [
             "alpha",
             "Bearer",

@@ -1,7 +1,7 @@
 //! The page at `/`: plain files in the binary, nothing from outside, no inline script or style.
 //!
-//! The files hold nothing about the model or its users, so they are served without the API key (the page itself asks for
-//! it); everything the page shows comes from the routes that want it.
+//! Where the server wants an API key, the files want it too: the browser asks for it as a password and sends it with what
+//! the page asks.
 
 use crate::http::{Bytes, HeaderName, HeaderValue, Method, Reply, Route, StatusCode, header};
 
@@ -35,7 +35,7 @@ static FILES: [File; 8] = [
 pub fn routes() -> Vec<Route> {
     let about =
         |path| if path == "/" { "the page: chat, side by side, what was skipped" } else { "a file of the page" };
-    FILES.iter().map(|f| Route { method: Method::GET, path: f.path, public: true, about: about(f.path) }).collect()
+    FILES.iter().map(|f| Route { method: Method::GET, path: f.path, public: false, about: about(f.path) }).collect()
 }
 
 /// The file at `path`.
@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn replies_carry_the_policy() {
         for route in routes() {
-            assert!(route.public);
+            assert!(!route.public);
             let Some(Reply::Full { headers, .. }) = reply(route.path) else { panic!("{} has no file", route.path) };
             assert!(headers.iter().any(|(n, v)| n == header::CONTENT_SECURITY_POLICY && v == POLICY));
         }
