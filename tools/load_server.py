@@ -1,51 +1,92 @@
 #!/usr/bin/env python3
-"""Sends the requests of many clients at once to `lacuna serve` and checks that each gets what it gets alone, and that the
-server's memory stays where it is.
+"""Loads `lacuna serve` from another process, and checks that nobody gets a wrong answer and that memory stays where it is.
 
-    python3 tools/load_server.py target/release/lacuna [--model MODEL] [--clients 200] [--rounds 5] [--tokens 16] [-t 2]
+    python3 tools/load_server.py target/release/lacuna [MODE] [--model MODEL] [-t 2] [--parallel 8] ...
 
-Clients are another process than the server; prompts differ from client to client and repeat from round to round.
+    clients  many requests at once, each compared with the answer it gets alone; refused ones (503) are sent again
+             [--clients 200] [--rounds 5] [--tokens 16]
+    leave    clients that leave at random times, then the blocks and the memory that are still in use [--clients 1000]
+    idle     open sockets, half of them with half a head, beside which requests are timed [--sockets 10000]
+    soak     clients that come, go and leave for some minutes: the curve of memory, files and answers [--minutes 5]
 """
-import argparse, asyncio, json, re, statistics, subprocess, sys, time
+import argparse, asyncio, json, os, random, re, resource, statistics, subprocess, sys, time
 
 
-async def ask(address, body):
-    """The text of a completion, and the seconds it took."""
-    start = time.perf_counter()
+class Refused(Exception):
+    """503."""
+
+
+async def send(address, body, path="/v1/completions"):
+    """A connection that has sent its request."""
     host, port = address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    data = b"" if body is None else json.dumps(body).encode()
+    method = "GET" if body is None else "POST"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
+    return reader, writer
+
+
+async def ask(address, body, path="/v1/completions"):
+    """The text of an answer, and the seconds it took."""
+    start = time.perf_counter()
+    reader, writer = await send(address, body, path)
     answer = await reader.read()
     writer.close()
     head, text = answer.split(b"\r\n\r\n", 1)
+    took = time.perf_counter() - start
+    if b" 503 " in head.split(b"\r\n")[0]:
+        if b"retry-after" not in head.lower():
+            raise RuntimeError("a 503 without Retry-After")
+        raise Refused(took)
     if b" 200 " not in head.split(b"\r\n")[0]:
         raise RuntimeError(answer[:300].decode(errors="replace"))
-    return json.loads(text)["choices"][0]["text"], time.perf_counter() - start
+    return text.decode(), took
+
+
+async def complete(address, body):
+    """The text of a completion, and the seconds it took."""
+    text, took = await ask(address, body)
+    return json.loads(text)["choices"][0]["text"], took
+
+
+async def metric(address, name):
+    text, _ = await ask(address, None, "/metrics")
+    return int(re.search(rf"^{name} (\d+)$", text, re.M)[1])
 
 
 def resident(pid):
     """Resident memory in MiB, and open files."""
-    import os
-
     status = open(f"/proc/{pid}/status").read()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def rounds(args, address, pid):
-    word = lambda i: ["red", "small", "old", "happy", "brave"][i % 5]
-    body = lambda i: {
-        "prompt": f"Story {i}: the {word(i)} dog number {i * 37} went", "max_tokens": args.tokens, "seed": i,
+def body(args, i):
+    word = ["red", "small", "old", "happy", "brave"][i % 5]
+    return {
+        "prompt": f"Story {i}: the {word} dog number {i * 37} went", "max_tokens": args.tokens, "seed": i,
         "temperature": 0 if i % 2 else 1, "ignore_eos": True,
     }
-    alone = [(await ask(address, body(i)))[0] for i in range(args.clients)]
-    print("| round | answers | different | tokens/s | median s | p99 s | resident MiB | open files |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+
+
+async def clients(args, address, pid):
+    alone = [(await complete(address, body(args, i)))[0] for i in range(args.clients)]
+    refusals = []
+
+    async def until_answered(i):
+        while True:
+            try:
+                return await complete(address, body(args, i))
+            except Refused as refusal:
+                refusals.append(refusal.args[0])
+                await asyncio.sleep(0.5 + random.random())
+
+    print("| round | answers | different | refused first | tokens/s | median s | p99 s | resident MiB | open files |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     wrong, sizes = 0, []
     for n in range(args.rounds):
-        start = time.perf_counter()
-        answers = await asyncio.gather(*(ask(address, body(i)) for i in range(args.clients)))
+        start, before = time.perf_counter(), len(refusals)
+        answers = await asyncio.gather(*(until_answered(i) for i in range(args.clients)))
         took = time.perf_counter() - start
         different = sum(text != want for (text, _), want in zip(answers, alone))
         wrong += different
@@ -54,33 +95,140 @@ async def rounds(args, address, pid):
         sizes.append(size)
         rate = args.clients * args.tokens / took
         p99 = times[int(len(times) * 0.99)]
-        print(f"| {n + 1} | {len(answers)} | {different} | {rate:.0f} | {statistics.median(times):.2f} | {p99:.2f} | {size:.1f} | {files} |", flush=True)
+        print(f"| {n + 1} | {len(answers)} | {different} | {len(refusals) - before} | {rate:.0f} | {statistics.median(times):.2f} | "
+              f"{p99:.2f} | {size:.1f} | {files} |", flush=True)
+    if refusals:
+        print(f"a 503 took {statistics.median(refusals) * 1e3:.0f} ms in the median, {max(refusals) * 1e3:.0f} ms at most (the client's part included)")
     growth = sizes[-1] / sizes[0] - 1
     print(f"memory from the first round to the last: {growth * 100:+.2f} %")
     return wrong == 0 and growth < 0.05
 
 
+async def leaver(args, address, i):
+    """Sends a request and leaves before it is answered."""
+    wanted = {**body(args, i), "prompt": "Once upon a time. " * (1 + i % 50), "max_tokens": 200, "stream": i % 2 == 0, "n": 1 + i % 3}
+    reader, writer = await send(address, wanted)
+    await asyncio.sleep(random.random() * 0.2)
+    if i % 4 == 0:
+        await reader.read(200)
+    writer.close()
+
+
+async def quiet(address):
+    """Seconds until nothing runs and no block is in use."""
+    start = time.perf_counter()
+    while any([await metric(address, f"lacuna_{n}") for n in ("requests_running", "requests_waiting", "kv_blocks_used")]):
+        if time.perf_counter() - start > 30:
+            return None
+        await asyncio.sleep(0.01)
+    return time.perf_counter() - start
+
+
+async def leave(args, address, pid):
+    print("| clients that left | cancelled | seconds to zero blocks | resident MiB | open files |\n|---:|---:|---:|---:|---:|", flush=True)
+    sizes = []
+    for n in range(5):
+        each = range(n * args.clients // 5, (n + 1) * args.clients // 5)
+        for some in range(0, len(each), 50):
+            await asyncio.gather(*(leaver(args, address, i) for i in each[some:some + 50]))
+        took = await quiet(address)
+        size, files = resident(pid)
+        sizes.append(size)
+        cancelled = await metric(address, "lacuna_requests_cancelled_total")
+        print(f"| {each[-1] + 1} | {cancelled} | {took if took is None else round(took, 3)} | {size:.1f} | {files} |", flush=True)
+        if took is None:
+            return False
+    return sizes[-1] / sizes[0] < 1.05
+
+
+async def idle(args, address, pid):
+    async def times():
+        all = sorted([(await complete(address, {**body(args, i), "max_tokens": 4}))[1] for i in range(200)])
+        return statistics.median(all) * 1e3, all[int(len(all) * 0.99)] * 1e3
+
+    host, port = address.split(":")
+    print("| idle sockets | median ms | p99 ms | resident MiB | open files |\n|---:|---:|---:|---:|---:|", flush=True)
+    await times()
+    before = await times()
+    print(f"| 0 | {before[0]:.1f} | {before[1]:.1f} | {resident(pid)[0]:.1f} | {resident(pid)[1]} |", flush=True)
+    sockets = []
+    for i in range(args.sockets):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        if i % 2:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHo")
+        sockets.append(writer)
+    beside = await times()
+    print(f"| {len(sockets)} | {beside[0]:.1f} | {beside[1]:.1f} | {resident(pid)[0]:.1f} | {resident(pid)[1]} |", flush=True)
+    for writer in sockets:
+        writer.close()
+    return beside[1] < 2 * before[1]
+
+
+async def soak(args, address, pid):
+    answered, left, wrong, stop = 0, 0, 0, time.perf_counter() + args.minutes * 60
+    alone = {i: (await complete(address, body(args, i)))[0] for i in range(50)}
+
+    async def client(which):
+        nonlocal answered, left, wrong
+        draw = random.Random(which)
+        while time.perf_counter() < stop:
+            i = draw.randrange(50)
+            if draw.random() < 0.1:
+                await leaver(args, address, i)
+                left += 1
+                continue
+            try:
+                wrong += (await complete(address, body(args, i)))[0] != alone[i]
+                answered += 1
+            except Refused:
+                await asyncio.sleep(0.5)
+
+    async def watch():
+        print("| seconds | answered | different | left | resident MiB | open files |\n|---:|---:|---:|---:|---:|---:|", flush=True)
+        begin, sizes = time.perf_counter(), []
+        while time.perf_counter() < stop - 1:
+            await asyncio.sleep(args.minutes * 60 / 10 - 0.05)
+            size, files = resident(pid)
+            sizes.append(size)
+            print(f"| {time.perf_counter() - begin:.0f} | {answered} | {wrong} | {left} | {size:.1f} | {files} |", flush=True)
+        return sizes
+
+    sizes, *_ = await asyncio.gather(watch(), *(client(i) for i in range(args.at_once)))
+    half = len(sizes) // 2
+    growth = max(sizes[half:]) / max(sizes[:half]) - 1
+    print(f"memory, the second half against the first: {growth * 100:+.2f} %")
+    return wrong == 0 and growth < 0.01
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("program")
+    args.add_argument("mode", nargs="?", default="clients", choices=["clients", "leave", "idle", "soak"])
     args.add_argument("--model")
-    args.add_argument("--clients", type=int, default=200)
+    args.add_argument("--clients", type=int)
     args.add_argument("--rounds", type=int, default=5)
     args.add_argument("--tokens", type=int, default=16)
+    args.add_argument("--sockets", type=int, default=10_000)
+    args.add_argument("--minutes", type=float, default=5)
+    args.add_argument("--at-once", type=int, default=24, help="clients of the soak")
     args.add_argument("-t", "--threads", type=int, default=2)
     args.add_argument("--parallel", type=int, default=8)
     args = args.parse_args()
+    args.clients = args.clients or {"leave": 1000}.get(args.mode, 200)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     command = [args.program, "serve", *([args.model] if args.model else []), "--port", "0", "-t", str(args.threads)]
-    server = subprocess.Popen(command + ["--parallel", str(args.parallel)], stderr=subprocess.PIPE, text=True)
+    command += ["--parallel", str(args.parallel), *(["--prefix-cache", "0"] if args.mode == "leave" else [])]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     address = next((found[1] for line in server.stderr if (found := re.search(r"http://([0-9.:]+)/", line))), None)
     if address is None:
         sys.exit("the server did not start")
     try:
-        good = asyncio.run(rounds(args, address, server.pid))
+        good = asyncio.run({"clients": clients, "leave": leave, "idle": idle, "soak": soak}[args.mode](args, address, server.pid))
     finally:
         server.terminate()
         server.wait(60)
-    sys.exit(0 if good else "lost or mixed answers, or memory that grows")
+    sys.exit(0 if good else f"{args.mode}: not as it should be")
 
 
 if __name__ == "__main__":

@@ -267,3 +267,23 @@ fn no_text_is_written() {
         assert!(!said.to_lowercase().contains(MARKER), "{level}: {said}");
     }
 }
+
+/// `--memory` counts the keys and values of all answers, kept prefixes, and the weights that plans have copies of.
+#[test]
+fn the_memory_of_all_plans_counts() {
+    let needs = |args: &[&str]| -> f64 {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna"));
+        // Enough to load the model, not to serve it.
+        command.args(["serve", "--memory", "60M", "--prefix-cache", "100M", "--port", "0"]).args(args);
+        let out = command.env_remove("LACUNA_PLANS").stdin(Stdio::null()).output().expect("the program starts");
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(2), "{text}");
+        let figure = text.split("needs ").nth(1).and_then(|t| t.split(" MiB").next()?.parse().ok());
+        figure.unwrap_or_else(|| panic!("no figure in {text}"))
+    };
+    let (dense, one) = (needs(&[]), needs(&["--plan", "relu"]));
+    let more = needs(&["--plan", "relu", "--parallel", "16"]);
+    // Six layers with a down projection of 256 x 896 numbers of two bytes.
+    assert!((one - dense - 2.625).abs() < 0.1, "{dense} MiB became {one} MiB");
+    assert!(more > one + 1.0, "{one} MiB became {more} MiB");
+}

@@ -8,7 +8,11 @@ use crate::{
     text::{self, parse_bytes},
 };
 use anyhow::{Context, Result, bail};
-use lacuna::engine::{Engine, kv_bytes};
+use lacuna::{
+    engine::{Engine, kv_bytes},
+    model::memory::MemoryEstimate,
+};
+use lacuna_core::plan::Plan;
 use lacuna_server::{
     api::{Config, Lacuna},
     fields, http,
@@ -87,14 +91,16 @@ pub fn run(args: Args) -> Result<Outcome> {
     let ready = open::ready(args.model.as_deref(), args.ctx_size, &load)?;
     let context = ready.session()?.context();
     let prefixes = usize::try_from(args.prefix_cache).context("--prefix-cache")?;
-    memory(&args, &ready, context)?;
     let dense = ready.dense.clone();
     let plans = args.plans.iter().map(|p| plan(p, &load, &place, &dense)).collect::<Result<Vec<_>>>()?;
+    memory(&args, &ready, context, &plans)?;
     if let Some((twice, _)) =
         plans.iter().enumerate().find(|(i, (n, _))| plans[..*i].iter().any(|(m, _)| m == n)).map(|p| p.1)
     {
         bail!("--plan: two plans are called `{twice}`");
     }
+    let made = |(name, plan): (String, Plan)| Ok((name, sparse::with_plan(&plan, &dense)?.engine));
+    let plans = plans.into_iter().map(made).collect::<Result<Vec<_>>>()?;
     let name = args.alias.clone().unwrap_or_else(|| clean(&place.label()));
     let parallel = usize::from(args.parallel);
     let options = Options { parallel, queue: args.queue as usize, context, prefixes, probe: None };
@@ -145,18 +151,20 @@ fn keys(file: Option<&std::path::Path>) -> Result<http::Keys> {
     Ok(keys)
 }
 
-/// Refuses more answers and prefixes than the memory holds.
-fn memory(args: &Args, ready: &open::Ready, context: usize) -> Result<()> {
+/// Refuses more answers, prefixes and copies of weights for the plans than the memory holds.
+fn memory(args: &Args, ready: &open::Ready, context: usize, plans: &[(String, Plan)]) -> Result<()> {
     let Some(limit) = args.memory else { return Ok(()) };
-    let spec = &ready.dense.model().spec;
-    let each = kv_bytes(spec, ready.dense.kv(), context).unwrap_or(usize::MAX) as u64;
+    let model = ready.dense.model();
+    let each = kv_bytes(&model.spec, ready.dense.kv(), context).unwrap_or(usize::MAX) as u64;
     let mut need = ready.need();
     need.kv = each.saturating_mul(u64::from(args.parallel)).saturating_add(args.prefix_cache);
+    let copies = plans.iter().map(|(_, plan)| MemoryEstimate::copies(model, plan));
+    need.weights = copies.fold(need.weights, u64::saturating_add);
     open::refuse(&need, limit)
 }
 
-/// A plan's name and its engine.
-fn plan(given: &str, load: &LoadArgs, place: &Place, dense: &Engine) -> Result<(String, Engine)> {
+/// A plan and its name.
+fn plan(given: &str, load: &LoadArgs, place: &Place, dense: &Engine) -> Result<(String, Plan)> {
     let stem = |path: &PathBuf| path.file_stem().map(|s| clean(&s.to_string_lossy())).unwrap_or_default();
     let file = PathBuf::from(given);
     let (name, args) = match given.split_once('=') {
@@ -174,7 +182,7 @@ fn plan(given: &str, load: &LoadArgs, place: &Place, dense: &Engine) -> Result<(
     if plan.decoding.is_some() {
         tracing::warn!("--plan {given}: it guesses tokens, which the server does not do; its rules apply");
     }
-    Ok((name, sparse::with_plan(&plan, dense)?.engine))
+    Ok((name, plan))
 }
 
 /// A time of at most a day.

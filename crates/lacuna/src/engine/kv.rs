@@ -43,6 +43,9 @@ impl Drop for Block {
 #[derive(Clone)]
 pub struct KvBlock(Arc<Block>);
 
+/// Blocks that stay free though nobody uses as many.
+const KEPT_FREE: usize = 8;
+
 /// Positions of a block of keys and values.
 pub const KV_BLOCK: usize = PAGE_LEN;
 
@@ -85,8 +88,14 @@ impl BlockPool {
     }
 
     fn give(&self, bytes: PageBuf) {
-        self.used.fetch_sub(1, Ordering::Relaxed);
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+        let used = self.used.fetch_sub(1, Ordering::Relaxed) - 1;
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        // A busy moment must not hold memory for ever: every plan of a server has a list of its own.
+        if free.len() < used.max(KEPT_FREE) {
+            free.push(bytes);
+        } else {
+            free.truncate(used.max(KEPT_FREE));
+        }
     }
 
     /// Number of blocks that somebody holds.
@@ -304,6 +313,23 @@ mod tests {
         drop(kv);
         assert_eq!(pool.free(), 3);
         assert_eq!(kv_bytes(&spec(), KvType::F16, PAGE_LEN + 1), Some(2 * pool.offsets[2]));
+    }
+
+    #[test]
+    fn free_blocks_are_at_most_as_many_as_used_ones_or_a_few() {
+        let pool = Arc::new(BlockPool::new(&spec(), KvType::F16).expect("a valid shape"));
+        let session = |blocks: usize| {
+            let mut kv = KvCache::new(pool.clone());
+            kv.grow(blocks * PAGE_LEN);
+            kv
+        };
+        let (long, short) = (session(100), session(30));
+        drop(long);
+        assert_eq!((pool.used(), pool.free()), (30, 30));
+        drop(short);
+        assert_eq!((pool.used(), pool.free()), (0, KEPT_FREE));
+        drop(session(3));
+        assert_eq!((pool.used(), pool.free()), (0, KEPT_FREE), "and they are used again");
     }
 
     #[test]

@@ -76,8 +76,13 @@ impl MemoryEstimate {
     /// the weights that the plan reads by columns.
     #[must_use]
     pub fn with_plan(self, model: &Model, plan: &Plan) -> Self {
-        let copies = replaced(model, plan).map(copy_bytes).sum();
-        Self { weights: self.weights.saturating_sub(self.replaced(model, plan)).saturating_add(copies), ..self }
+        let weights = self.weights.saturating_sub(self.replaced(model, plan));
+        Self { weights: weights.saturating_add(Self::copies(model, plan)), ..self }
+    }
+
+    /// Bytes of the copies by channels that a run of `model` by `plan` reads.
+    pub fn copies(model: &Model, plan: &Plan) -> u64 {
+        replaced(model, plan).map(copy_bytes).sum()
     }
 
     /// Bytes of the weights that have copies by channels in a run by `plan`.

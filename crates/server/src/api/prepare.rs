@@ -10,10 +10,16 @@ use crate::{
 };
 use lacuna::engine::sampler::SamplerOptions;
 use serde_json::Value;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Most answers of one request, over all its prompts.
 const ANSWERS: usize = 256;
+
+/// Tokens of a stream that come faster than this share a write to the socket: nobody reads 200 events in a second, and each
+/// write costs as much as a tenth of a token of a small model.
+const GROUP: Duration = Duration::from_millis(5);
+/// The same where the answer is sent as a whole.
+const GROUP_UNSEEN: Duration = Duration::from_millis(200);
 
 /// A request that was checked.
 pub(super) struct Prepared {
@@ -69,6 +75,7 @@ impl Prepared {
                 activity,
                 constraint: form.as_ref().map(|form| compile(state, form)).transpose()?,
                 reuse: values.flag("cache_prompt"),
+                every: if values.flag("stream") { GROUP } else { GROUP_UNSEEN },
             });
         }
         Ok(Self {

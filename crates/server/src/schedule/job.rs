@@ -60,6 +60,8 @@ pub struct Generate {
     pub constraint: Option<Constraint>,
     /// Whether kept prefixes may be used.
     pub reuse: bool,
+    /// Tokens that follow one another faster than this are told together, the first at once.
+    pub every: Duration,
 }
 
 /// How hidden states become one vector.

@@ -45,6 +45,9 @@ pub(super) struct Sequence<'t> {
     pub begun: bool,
     work: Work<'t>,
     events: Events,
+    /// What was not told yet, and when something was told last. Telling wakes the thread that writes to sockets.
+    held: Vec<Event>,
+    told: Option<Instant>,
     usage: Usage,
     since: Instant,
 }
@@ -92,6 +95,8 @@ impl<'t> Sequence<'t> {
             begun: false,
             work,
             events: job.events,
+            held: Vec::new(),
+            told: None,
             usage,
             since: Instant::now(),
         })
@@ -123,9 +128,18 @@ impl<'t> Sequence<'t> {
         }
     }
 
-    fn send(&self, event: Event) {
-        // A receiver that is gone is noticed before the next turn.
-        let _ = self.events.send((self.index, event));
+    fn send(&mut self, event: Event) {
+        self.held.push(event);
+        self.tell();
+    }
+
+    /// Tells what was held back.
+    pub fn tell(&mut self) {
+        for event in self.held.drain(..) {
+            // A receiver that is gone is noticed before the next turn.
+            let _ = self.events.send((self.index, event));
+        }
+        self.told = Some(Instant::now());
     }
 
     /// Ends it by a fault.
@@ -203,11 +217,14 @@ impl<'t> Sequence<'t> {
             () => None,
         };
         let rest = finish.map(|_| text.stops.finish(&text.stream.finish())).unwrap_or_default();
-        self.send(Event::Step(Step { token: id, text: shown, scored, activity }));
+        let every = text.wanted.every;
+        self.held.push(Event::Step(Step { token: id, text: shown, scored, activity }));
         self.pending = id;
         self.state = State::Decode;
-        if let Some(finish) = finish {
-            self.end(finish, rest);
+        match finish {
+            Some(finish) => self.end(finish, rest),
+            None if self.told.is_none_or(|told| told.elapsed() >= every) => self.tell(),
+            None => {}
         }
     }
 

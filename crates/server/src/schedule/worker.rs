@@ -50,7 +50,9 @@ impl<'a> Worker<'a> {
     fn admit(&mut self) -> bool {
         let mut queue = self.shared.lock();
         loop {
+            let before = queue.jobs.len();
             queue.jobs.retain(|job| !job.events.is_closed());
+            self.shared.metrics.cancelled.add((before - queue.jobs.len()) as u64);
             if !queue.jobs.is_empty() || !self.active.is_empty() {
                 break;
             }
@@ -110,6 +112,10 @@ impl<'a> Worker<'a> {
 
     /// A turn of prompts.
     fn prefill(&mut self) {
+        if self.active.iter().any(|s| s.state == State::Prefill) {
+            // It may take long.
+            self.active.iter_mut().for_each(Sequence::tell);
+        }
         let mut left = self.turn;
         let (start, mut tokens) = (Instant::now(), 0);
         for _ in 0..self.active.len() {

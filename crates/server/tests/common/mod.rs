@@ -1,5 +1,5 @@
 //! A server in this process with the embedded model.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part of it")]
 
 pub mod client;
 
