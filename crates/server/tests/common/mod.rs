@@ -82,10 +82,10 @@ pub fn plan(model: &Model) -> CompiledPlan {
         let mut layer = LayerPlan::default();
         if let Some(linear) = block.linear(Proj::Q) {
             layer.inputs[Proj::Q as usize] =
-                Some(InputRule::new(Selector::above(0.5), transpose::input_major(&linear.weight)));
+                Some(InputRule::new(Selector::above(0.5), transpose::by_channels(&linear.weight)));
         }
         if let Mlp::Gated(g) = &block.mlp {
-            layer.neurons = Some(NeuronRule::new(Selector::non_zero(), transpose::input_major(&g.down.weight)));
+            layer.neurons = Some(NeuronRule::new(Selector::non_zero(), transpose::by_channels(&g.down.weight)));
         }
         layer
     });
