@@ -130,8 +130,8 @@ pub fn all_threads() -> usize {
     thread::available_parallelism().map_or(1, |n| n.get())
 }
 
-/// Formats whose weights are stored input-major for sparse decode.
-const INPUT_MAJOR: [Format; 5] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0];
+/// Formats that weights are read by channels in.
+const BY_CHANNELS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0, Format::Q4K];
 
 /// Measures the break-even share of each format with one thread and with all, and stores it for the engine; what is
 /// stored already stays unless `again`.
@@ -141,13 +141,13 @@ fn measure_break_even(again: bool) -> Result<()> {
     let mut counts = vec![1, all_threads()];
     counts.dedup();
     counts.retain(|&n| again || BreakEven::load(Some(&root), n) == BreakEven::default());
-    let bar = ProgressBar::new((counts.len() * INPUT_MAJOR.len()) as u64);
+    let bar = ProgressBar::new((counts.len() * BY_CHANNELS.len()) as u64);
     bar.set_style(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?);
     bar.set_message("measuring sparse against dense products");
     for threads in counts {
         let pool = Pool::new(threads);
         let mut found = BreakEven::default();
-        for format in INPUT_MAJOR {
+        for format in BY_CHANNELS {
             found.set(format, break_even::measure(&pool, format, WIDTH, WIDTH));
             bar.inc(1);
         }
@@ -160,7 +160,7 @@ fn measure_break_even(again: bool) -> Result<()> {
 /// The share per format at which the engine falls back to dense on this machine.
 fn stored_break_even() -> Value {
     let found = BreakEven::load(cache::root().as_deref(), all_threads());
-    INPUT_MAJOR.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
+    BY_CHANNELS.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
 }
 
 fn facts() -> Value {

@@ -16,12 +16,12 @@ pub(crate) enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// The arithmetic for weights of `format`; `input_major` ones have their blocks along the outputs.
-    pub(crate) fn of(isa: Isa, format: Format, input_major: bool) -> Self {
+    /// The arithmetic for weights of `format`; `without_blocks`: none that lie along the inputs.
+    pub(crate) fn of(isa: Isa, format: Format, without_blocks: bool) -> Self {
         match (isa, format) {
             (_, Format::F32 | Format::F16) => Self::F32,
             (Isa::Amx, _) | (Isa::Avx512, Format::Bf16) => Self::Bf16,
-            (Isa::Avx512, _) if input_major => Self::Bf16,
+            (Isa::Avx512, _) if without_blocks => Self::Bf16,
             (Isa::Avx512, _) => Self::Int8,
             _ => Self::F32,
         }
@@ -41,7 +41,7 @@ impl Arithmetic {
     /// first. Input-major weights are cut at block borders along the outputs.
     pub(crate) fn panel_n(self, isa: Isa, w: &Weights) -> usize {
         match self {
-            _ if w.is_input_major() && w.format().block_len() == 256 => 256,
+            _ if matches!(w, Weights::InputMajor(_)) && w.format().block_len() == 256 => 256,
             // Whole units of every format.
             Self::F32 | Self::Int8 if matches!(w, Weights::Groups(_)) => 128,
             Self::F32 | Self::Int8 => 64,

@@ -62,7 +62,7 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(isa: Isa, job: &mut Job<'a>) -> Self {
         let (n, k) = job.w.shape();
-        let arithmetic = Arithmetic::of(isa, job.w.format(), job.w.is_input_major());
+        let arithmetic = Arithmetic::of(isa, job.w.format(), job.w.without_blocks());
         assert_eq!(job.x.isa.unwrap_or(isa), isa, "the input was prepared for another instruction set");
         assert!(job.x.rows() == 0 || job.x.is_for(arithmetic), "the input was not prepared for {:?}", job.w.format());
         assert_eq!(job.x.cols(), k, "inputs per output");

@@ -152,8 +152,8 @@ impl Kinds {
     fn of(isa: Isa, formats: &[Format]) -> Self {
         let mut has = Self::default();
         for &format in formats {
-            for input_major in [false, true] {
-                match Arithmetic::of(isa, format, input_major) {
+            for without_blocks in [false, true] {
+                match Arithmetic::of(isa, format, without_blocks) {
                     Arithmetic::F32 => has.f32 = true,
                     Arithmetic::Bf16 => has.bf16 = true,
                     Arithmetic::Int8 => has.int8 = true,

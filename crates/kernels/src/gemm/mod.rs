@@ -80,7 +80,7 @@ pub enum Weights<'a> {
     OutputMajor(Matrix<'a>),
     /// A run per input, as the axpy decode kernels want them.
     InputMajor(Matrix<'a>),
-    /// Output-major blocks whose codes lie by inputs. Products have the bits of the output-major form.
+    /// Output-major blocks whose codes lie by inputs. Products of Q8_0 and Q4_0 have the bits of the output-major form.
     Groups(Groups<'a>),
 }
 
@@ -102,9 +102,13 @@ impl Weights<'_> {
         }
     }
 
-    /// Whether the blocks lie along the outputs.
-    pub(crate) fn is_input_major(&self) -> bool {
-        matches!(self, Self::InputMajor(_))
+    /// Whether there are no blocks along the inputs that an int8 product could take.
+    pub(crate) fn without_blocks(&self) -> bool {
+        match self {
+            Self::OutputMajor(_) => false,
+            Self::InputMajor(_) => true,
+            Self::Groups(w) => w.format() == Format::Q4K,
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::codes::{self, CodeLayout, CodeRow};
 use super::input::{round_bf16, tiles};
 use super::transpose::transpose16;
 use super::{TILE_K, TILE_N};
-use crate::axpy::groups::{self, GROUP};
+use crate::axpy::groups::{self, GROUP, Groups};
 use crate::convert::decode_run;
 use crate::isa::Isa;
 use crate::{Format, Matrix};
@@ -24,8 +24,8 @@ pub(crate) struct Panel {
     scales: Buffer,
     offsets: Buffer,
     run: Buffer,
-    /// Weights whose codes lie by inputs, as blocks.
-    blocks: Buffer,
+    /// Weights whose codes lie by inputs, output by output.
+    plain: Buffer,
 }
 
 /// The int8 form of a panel.
@@ -69,12 +69,11 @@ impl Panel {
             Weights::InputMajor(w) => self.fill_runs(arithmetic, &Part { isa, w, outputs, inputs }),
             Weights::Groups(w) => {
                 let (n, k) = (outputs.len(), inputs.len());
-                let mut blocks = std::mem::take(&mut self.blocks);
-                let bytes = blocks.at_least::<u8>(n * k / GROUP * w.format().block_bytes());
-                groups::unpack(isa, w, outputs, inputs, bytes);
-                let w = Matrix::new(w.format(), n, k, bytes).expect("as many blocks as the panel has");
+                let mut scratch = std::mem::take(&mut self.plain);
+                let (format, bytes) = unpacked(isa, arithmetic, w, (outputs, inputs), &mut scratch);
+                let w = Matrix::new(format, n, k, bytes).expect("as many numbers as the panel has");
                 self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
-                self.blocks = blocks;
+                self.plain = scratch;
             }
         }
     }
@@ -212,6 +211,32 @@ impl Panel {
             }
         }
     }
+}
+
+/// The numbers of a panel of `w` in an output-major form that loses nothing in this arithmetic.
+fn unpacked<'a>(
+    isa: Isa,
+    arithmetic: Arithmetic,
+    w: &Groups,
+    (outputs, inputs): (Range<usize>, Range<usize>),
+    scratch: &'a mut Buffer,
+) -> (Format, &'a [u8]) {
+    let numbers = outputs.len() * inputs.len();
+    if w.format() != Format::Q4K {
+        let bytes = scratch.at_least::<u8>(numbers / GROUP * w.format().block_bytes());
+        groups::unpack(isa, w, outputs, inputs, bytes);
+        return (w.format(), bytes);
+    }
+    let format = if arithmetic == Arithmetic::Bf16 {
+        let out = scratch.at_least::<u16>(numbers);
+        groups::unpack_values(isa, w, (outputs, inputs), out, |v| round_bf16(v).to_le());
+        Format::Bf16
+    } else {
+        let out = scratch.at_least::<u32>(numbers);
+        groups::unpack_values(isa, w, (outputs, inputs), out, |v| v.to_bits().to_le());
+        Format::F32
+    };
+    (format, scratch.numbers(numbers * format.block_bytes()))
 }
 
 /// The part of a matrix that a panel holds.

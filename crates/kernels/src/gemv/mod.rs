@@ -17,6 +17,7 @@ mod scalar;
 mod tests;
 
 pub use operand::Operand;
+pub(crate) use scalar::q4k_scales;
 
 use crate::{Isa, Matrix, Pool, isa};
 

@@ -21,8 +21,8 @@ pub(super) unsafe fn add(w: &Groups, x: &Operand, range: Range<usize>, unit: usi
     // SAFETY: as the caller vouches.
     unsafe {
         match w.format {
-            Format::Q4_0 => add_as::<128>(w, x, range, unit, y),
-            _ => add_as::<64>(w, x, range, unit, y),
+            Format::Q8_0 => add_as::<64>(w, x, range, unit, y),
+            _ => add_as::<128>(w, x, range, unit, y),
         }
     }
 }
@@ -38,7 +38,7 @@ unsafe fn add_as<const UNIT: usize>(w: &Groups, x: &Operand, range: Range<usize>
     for g in range {
         let (group, quads) = x.group(g);
         let next = x.quads_of(g + 1);
-        let scales = w.scales(group.number as usize);
+        let (scales, minima) = w.scales(group.number as usize);
         for u in 0..units {
             let (soon, line) = if u + 1 < units { (quads, u + 1) } else { (next, 0) };
             for row in soon.iter().flat_map(|quad| quad.rows) {
@@ -56,6 +56,9 @@ unsafe fn add_as<const UNIT: usize>(w: &Groups, x: &Operand, range: Range<usize>
             }
             let scales = &scales[(unit + u) * UNIT * 2..][..UNIT * 2];
             scale::<UNIT>(&sums, scales, group.d, &mut y[u * UNIT..]);
+            if !minima.is_empty() {
+                subtract(&minima[(unit + u) * UNIT * 2..][..UNIT * 2], group.sum, &mut y[u * UNIT..]);
+            }
         }
     }
 }
@@ -107,6 +110,23 @@ fn add_products(sums: &mut [__m128i; 32], pairs: __m256i, weight: __m256i, at: u
     let all = _mm256_madd_epi16(pairs, weight);
     sums[at] = _mm_add_epi32(sums[at], _mm256_castsi256_si128(all));
     sums[at + 4] = _mm_add_epi32(sums[at + 4], _mm256_extracti128_si256::<1>(all));
+}
+
+/// `y -= minimum * sum` for as many outputs as there are.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn subtract(minima: &[u8], sum: f32, y: &mut [f32]) {
+    for (minimum, y) in minima.as_chunks::<8>().0.iter().zip(y.chunks_mut(4)) {
+        let mut four = [0.0; 4];
+        four[..y.len()].copy_from_slice(y);
+        // SAFETY: the arrays have 8 and 16 bytes.
+        unsafe {
+            let minimum = _mm_cvtph_ps(_mm_loadl_epi64(minimum.as_ptr().cast()));
+            let sums = _mm_fnmadd_ps(_mm_set1_ps(sum), minimum, _mm_loadu_ps(four.as_ptr()));
+            _mm_storeu_ps(four.as_mut_ptr(), sums);
+        }
+        y.copy_from_slice(&four[..y.len()]);
+    }
 }
 
 /// Scales the sums of a unit and adds them to as many outputs as there are.

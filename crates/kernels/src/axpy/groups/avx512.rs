@@ -50,8 +50,8 @@ pub(super) unsafe fn add(w: &Groups, x: &Operand, range: Range<usize>, unit: usi
     // SAFETY: as the caller vouches.
     unsafe {
         match w.format {
-            Format::Q4_0 => add_as::<8>(w, x, range, unit, y),
-            _ => add_as::<4>(w, x, range, unit, y),
+            Format::Q8_0 => add_as::<4>(w, x, range, unit, y),
+            _ => add_as::<8>(w, x, range, unit, y),
         }
     }
 }
@@ -68,7 +68,7 @@ unsafe fn add_as<const SUMS: usize>(w: &Groups, x: &Operand, range: Range<usize>
     for g in range {
         let (group, quads) = x.group(g);
         let rows = std::mem::replace(&mut next, Rows::new(w, x.quads_of(g + 1)));
-        let scales = w.scales(group.number as usize);
+        let (scales, minima) = w.scales(group.number as usize);
         let ahead = (AHEAD / (LINE * 4 * rows.len.max(1))).clamp(1, units);
         for u in 0..units {
             let (soon, line) = if u + ahead < units { (&rows, u + ahead) } else { (&next, u + ahead - units) };
@@ -96,6 +96,25 @@ unsafe fn add_as<const SUMS: usize>(w: &Groups, x: &Operand, range: Range<usize>
                     out.copy_from_slice(&copy[..out.len()]);
                 }
             }
+            if !minima.is_empty() {
+                subtract(&minima.as_chunks::<32>().0[(unit + u) * SUMS..][..SUMS], group.sum, out);
+            }
+        }
+    }
+}
+
+/// `out -= minimum * sum`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
+fn subtract(minima: &[[u8; 32]], sum: f32, out: &mut [f32]) {
+    let sum = _mm512_set1_ps(sum);
+    for (minimum, out) in minima.iter().zip(out.chunks_mut(16)) {
+        let mask = ((1_u32 << out.len()) - 1) as u16;
+        // SAFETY: 32 bytes are read; only lanes within `out` are touched.
+        unsafe {
+            let minimum = _mm512_cvtph_ps(_mm256_loadu_si256(minimum.as_ptr().cast()));
+            let y = _mm512_fnmadd_ps(sum, minimum, _mm512_maskz_loadu_ps(mask, out.as_ptr()));
+            _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, y);
         }
     }
 }

@@ -1,16 +1,17 @@
 //! Columns of block formats with their own scales: the codes of a channel lie together, and the scales stay what they are.
 //!
-//! Blocks of Q8_0 and Q4_0 lie along the inputs, so a channel's codes belong to as many blocks as there are outputs.
+//! Blocks of Q8_0, Q4_0 and Q4_K lie along the inputs, so a channel's codes belong to as many blocks as there are outputs.
 //! [`pack`] moves the codes of each channel side by side and leaves the scales per group of 32 channels: nothing is
 //! quantised again, and a sum over some channels is the dense product without the others, in the same integers. For
-//! that a sum reads the scales of every group that it meets.
+//! that a sum reads the scales of every group that it meets. The scales and minima of Q4_K's sub-blocks are products of two
+//! numbers; they are stored multiplied, rounded to f16.
 //!
 //! Layout, for `groups = inputs / 32` and outputs padded to units ([`unit`]): first `groups` rows of f16 scales, one per
-//! output; then the channels, each a row of 64 bytes per unit. Channel `c` of group `g` is row `c * groups + g`: the rows
+//! output (for Q4_K each followed by a row of minima); then the channels, each a row of 64 bytes per unit. Channel `c` of group `g` is row `c * groups + g`: the rows
 //! of a group lie far apart, so that each has its own page and its own hardware prefetch stream, and the next group's
 //! follow each of them. Within 64 bytes, byte `16 l + 4 k + i` is that of output `16 k + 4 l + i`, the order in which
-//! four interleaved channels fall into whole registers; Q4_0 has outputs `k` below 4 in the low nibbles and those 64
-//! further in the high ones. Codes are unsigned: 8 or 128 too large.
+//! four interleaved channels fall into whole registers; nibbles have outputs `k` below 4 in the low nibbles and those 64
+//! further in the high ones. Codes are unsigned: those of Q4_0 are 8 too large, those of Q8_0 128.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -21,10 +22,12 @@ mod scalar;
 mod tests;
 mod unpack;
 
+use crate::gemv::q4k_scales;
 use crate::{Format, Isa, Matrix};
+use half::f16;
 use std::ops::Range;
 
-pub(crate) use unpack::unpack;
+pub(crate) use unpack::{unpack, unpack_values};
 
 /// Channels that share their scales.
 pub(crate) const GROUP: usize = 32;
@@ -35,14 +38,23 @@ const LINE: usize = 64;
 pub const fn unit(format: Format) -> Option<usize> {
     match format {
         Format::Q8_0 => Some(LINE),
-        Format::Q4_0 => Some(2 * LINE),
+        Format::Q4_0 | Format::Q4K => Some(2 * LINE),
         _ => None,
     }
 }
 
 /// What the unsigned codes are too large by.
 const fn offset(format: Format) -> i32 {
-    if matches!(format, Format::Q4_0) { 8 } else { 128 }
+    match format {
+        Format::Q4_0 => 8,
+        Format::Q4K => 0,
+        _ => 128,
+    }
+}
+
+/// Rows of f16 per group: scales, and minima for formats that have them.
+const fn rows_of_scales(format: Format) -> usize {
+    if matches!(format, Format::Q4K) { 2 } else { 1 }
 }
 
 /// Bytes that [`pack`] makes of a matrix; `None` if the format has no such form, `inputs` are not whole groups, or the
@@ -52,7 +64,8 @@ pub fn bytes(format: Format, outputs: usize, inputs: usize) -> Option<usize> {
     if !inputs.is_multiple_of(GROUP) {
         return None;
     }
-    let scales = (inputs / GROUP).checked_mul(units.checked_mul(unit(format)?)?)?.checked_mul(2)?;
+    let row = units.checked_mul(unit(format)?)?.checked_mul(2 * rows_of_scales(format))?;
+    let scales = (inputs / GROUP).checked_mul(row)?;
     inputs.checked_mul(units.checked_mul(LINE)?)?.checked_add(scales)
 }
 
@@ -117,7 +130,7 @@ impl<'a> Groups<'a> {
     }
 
     fn unit(&self) -> usize {
-        if self.format == Format::Q4_0 { 2 * LINE } else { LINE }
+        if self.format == Format::Q8_0 { LINE } else { 2 * LINE }
     }
 
     pub(super) fn row_bytes(&self) -> usize {
@@ -125,7 +138,7 @@ impl<'a> Groups<'a> {
     }
 
     fn scale_bytes(&self) -> usize {
-        self.units() * self.unit() * 2
+        self.units() * self.unit() * 2 * rows_of_scales(self.format)
     }
 
     /// The codes of a row.
@@ -133,9 +146,10 @@ impl<'a> Groups<'a> {
         &self.codes[row * self.row_bytes()..][..self.row_bytes()]
     }
 
-    /// The scales of a group.
-    fn scales(&self, group: usize) -> &'a [u8] {
-        &self.scales[group * self.scale_bytes()..][..self.scale_bytes()]
+    /// The scales of a group, and its minima, if the format has them.
+    fn scales(&self, group: usize) -> (&'a [u8], &'a [u8]) {
+        let all = &self.scales[group * self.scale_bytes()..][..self.scale_bytes()];
+        all.split_at(self.units() * self.unit() * 2)
     }
 }
 
@@ -151,26 +165,53 @@ pub fn pack(w: &Matrix) -> Option<Vec<u8>> {
     let mut out = vec![0; bytes(format, outputs, inputs)?];
     let (groups, unit) = (inputs / GROUP, unit(format)?);
     let units = outputs.div_ceil(unit);
-    let (scales, codes) = out.split_at_mut(groups * units * unit * 2);
-    let row = units * LINE;
+    let (scale_row, row) = (units * unit * 2, units * LINE);
+    let (scales, codes) = out.split_at_mut(groups * scale_row * rows_of_scales(format));
     for o in 0..outputs {
         let (byte, upper) = place(o % unit);
         let at = o / unit * LINE + byte;
-        for (g, block) in w.row(o).chunks_exact(format.block_bytes()).enumerate() {
-            scales[(g * units * unit + o) * 2..][..2].copy_from_slice(&block[..2]);
-            for c in 0..GROUP {
-                let code = &mut codes[(c * groups + g) * row + at];
-                match format {
-                    Format::Q4_0 => {
-                        let nibble = block[2 + c % 16] >> (c / 16 * 4) & 15;
-                        *code |= nibble << (4 * u8::from(upper));
-                    }
-                    _ => *code = block[2 + c] ^ 0x80,
-                }
+        for g in 0..groups {
+            let block = GroupBlock::of(format, w.row(o), g);
+            let to = g * scale_row * rows_of_scales(format) + 2 * o;
+            scales[to..to + 2].copy_from_slice(&block.scale.to_le_bytes());
+            if rows_of_scales(format) == 2 {
+                scales[to + scale_row..][..2].copy_from_slice(&block.minimum.to_le_bytes());
+            }
+            for (c, code) in block.codes.into_iter().enumerate() {
+                codes[(c * groups + g) * row + at] |= code << (4 * u8::from(upper));
             }
         }
     }
     Some(out)
+}
+
+/// What one output has in a group.
+struct GroupBlock {
+    scale: f16,
+    minimum: f16,
+    codes: [u8; GROUP],
+}
+
+impl GroupBlock {
+    /// Group `g` of an output-major run.
+    fn of(format: Format, run: &[u8], g: usize) -> Self {
+        let half = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]);
+        if format == Format::Q4K {
+            let block = &run[g / 8 * format.block_bytes()..][..format.block_bytes()];
+            let (scales, minima) = q4k_scales(&block[4..16]);
+            let j = g % 8;
+            let times = |d: &[u8], all: u64| f16::from_f32(half(d).to_f32() * f32::from(all.to_le_bytes()[j]));
+            let nibbles = &block[16 + j / 2 * 32..][..GROUP];
+            let codes = std::array::from_fn(|c| nibbles[c] >> (j % 2 * 4) & 15);
+            return Self { scale: times(block, scales), minimum: times(&block[2..], minima), codes };
+        }
+        let block = &run[g * format.block_bytes()..][..format.block_bytes()];
+        let codes = std::array::from_fn(|c| match format {
+            Format::Q4_0 => block[2 + c % 16] >> (c / 16 * 4) & 15,
+            _ => block[2 + c] ^ 0x80,
+        });
+        Self { scale: half(block), minimum: f16::ZERO, codes }
+    }
 }
 
 /// The chosen channels of one sum, quantised as the dense products quantise their vector: per group, `d = max |x| / 127`
@@ -193,6 +234,8 @@ struct Group {
     d: f32,
     /// Takes the offset of the codes back: that times the sum of all `q`.
     bias: i32,
+    /// What minima are multiplied with: `d` times the sum of all `q`.
+    sum: f32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -252,7 +295,8 @@ impl Operand {
         // Adding 1.5 * 2^23 rounds to whole numbers, ties to even, in the low bits.
         let q = x.map(|v| (v * inverse + 12_582_912.0).to_bits() as i8);
         let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
-        self.groups.push(Group { number, first: self.quads.len() as u32, d, bias: -offset(w.format) * sum });
+        let (first, bias) = (self.quads.len() as u32, -offset(w.format) * sum);
+        self.groups.push(Group { number, first, d, bias, sum: d * sum as f32 });
         let groups = w.groups() as u32;
         let row = |i: u32| i % GROUP as u32 * groups + number;
         for (k, four) in index.chunks(4).enumerate() {

@@ -9,7 +9,8 @@ use std::ops::Range;
 pub(super) fn add(w: &Groups, x: &Operand, range: Range<usize>, first: usize, y: &mut [f32]) {
     for g in range {
         let (group, quads) = x.group(g);
-        let scales = w.scales(group.number as usize);
+        let (scales, minima) = w.scales(group.number as usize);
+        let half = |from: &[u8], o: usize| f16::from_le_bytes([from[2 * o], from[2 * o + 1]]).to_f32();
         for (o, y) in y.iter_mut().enumerate() {
             let o = first + o;
             let (byte, upper) = place(o % w.unit());
@@ -18,12 +19,14 @@ pub(super) fn add(w: &Groups, x: &Operand, range: Range<usize>, first: usize, y:
             for quad in quads {
                 for (&row, &q) in quad.rows.iter().zip(&quad.q) {
                     let code = w.row(row as usize)[at];
-                    let code = if w.format == Format::Q4_0 { code >> (4 * u8::from(upper)) & 15 } else { code };
+                    let code = if w.format == Format::Q8_0 { code } else { code >> (4 * u8::from(upper)) & 15 };
                     sum += i32::from(code) * i32::from(q);
                 }
             }
-            let scale = f16::from_le_bytes([scales[2 * o], scales[2 * o + 1]]).to_f32();
-            *y = (sum as f32 * group.d).mul_add(scale, *y);
+            *y = (sum as f32 * group.d).mul_add(half(scales, o), *y);
+            if !minima.is_empty() {
+                *y = (-group.sum).mul_add(half(minima, o), *y);
+            }
         }
     }
 }

@@ -1,20 +1,61 @@
-//! Back to blocks, for a panel of a matrix product.
+//! Back to output-major numbers, for a panel of a matrix product.
 
 use super::{GROUP, Groups, LINE, place};
 use crate::{Format, Isa};
+use half::f16;
 use std::ops::Range;
 
-/// Writes the blocks of `outputs` (from the start of a unit on) and `inputs` (whole groups) to `out`, output by output.
+/// Writes the blocks of `outputs` (from the start of a unit on) and `inputs` (whole groups) to `out`, output by output, for
+/// formats with a scale per block.
 ///
 /// # Panics
 /// If the ranges do not begin so, or `out` has another length.
 pub(crate) fn unpack(isa: Isa, w: &Groups, outputs: Range<usize>, inputs: Range<usize>, out: &mut [u8]) {
+    let (groups, bytes) = (inputs.len() / GROUP, w.format.block_bytes());
+    assert_eq!(out.len(), outputs.len() * groups * bytes, "room for all blocks");
+    each(isa, w, outputs, inputs, |o, g, codes, scale, _| {
+        let block = &mut out[(o * groups + g) * bytes..][..bytes];
+        block[..2].copy_from_slice(scale);
+        if w.format == Format::Q4_0 {
+            let (low, high) = codes.split_at(GROUP / 2);
+            block[2..].iter_mut().zip(low).zip(high).for_each(|((out, low), high)| *out = low | high << 4);
+        } else {
+            block[2..].iter_mut().zip(codes).for_each(|(out, code)| *out = code ^ 0x80);
+        }
+    });
+}
+
+/// [`unpack`] for formats with minima: the numbers, each through `put`.
+pub(crate) fn unpack_values<T>(
+    isa: Isa,
+    w: &Groups,
+    (outputs, inputs): (Range<usize>, Range<usize>),
+    out: &mut [T],
+    put: fn(f32) -> T,
+) {
+    let width = inputs.len();
+    assert_eq!(out.len(), outputs.len() * width, "room for all numbers");
+    let half = |b: &[u8]| f16::from_le_bytes([b[0], b[1]]).to_f32();
+    each(isa, w, outputs, inputs, |o, g, codes, scale, minimum| {
+        let (scale, minimum) = (half(scale), half(minimum));
+        let out = &mut out[o * width + g * GROUP..][..GROUP];
+        out.iter_mut().zip(codes).for_each(|(out, code)| *out = put(f32::from(*code) * scale - minimum));
+    });
+}
+
+/// Calls `f(output, group, codes, scale, minimum)`, counted from the start of the ranges.
+fn each(
+    isa: Isa,
+    w: &Groups,
+    outputs: Range<usize>,
+    inputs: Range<usize>,
+    mut f: impl FnMut(usize, usize, &[u8; GROUP], &[u8], &[u8]),
+) {
     assert!(outputs.start.is_multiple_of(w.unit()) && outputs.end <= w.outputs, "outputs from a unit on");
     assert!(inputs.start.is_multiple_of(GROUP) && inputs.len().is_multiple_of(GROUP), "whole groups");
-    let (groups, block) = (inputs.len() / GROUP, w.format.block_bytes());
-    assert_eq!(out.len(), outputs.len() * groups * block, "room for all blocks");
-    for g in 0..groups {
+    for g in 0..inputs.len() / GROUP {
         let number = inputs.start / GROUP + g;
+        let (scales, minima) = w.scales(number);
         for first in outputs.clone().step_by(w.unit()) {
             let live = w.unit().min(outputs.end - first);
             let mut lines = [[0; LINE]; GROUP];
@@ -22,28 +63,18 @@ pub(crate) fn unpack(isa: Isa, w: &Groups, outputs: Range<usize>, inputs: Range<
                 line.copy_from_slice(&w.row(c * w.groups() + number)[first / w.unit() * LINE..][..LINE]);
             }
             let bytes = by_byte(isa, &lines);
-            let scales = &w.scales(number)[2 * first..];
             for o in 0..live {
-                let at = ((first - outputs.start + o) * groups + g) * block;
                 let (byte, upper) = place(o);
-                let to = &mut out[at..at + block];
-                to[..2].copy_from_slice(&scales[2 * o..2 * o + 2]);
-                put(w.format, &bytes[byte], upper, &mut to[2..]);
+                let codes = match (w.format, upper) {
+                    (Format::Q8_0, _) => bytes[byte],
+                    (_, false) => bytes[byte].map(|b| b & 15),
+                    (_, true) => bytes[byte].map(|b| b >> 4),
+                };
+                let at = 2 * (first + o);
+                let minimum = minima.get(at..at + 2).unwrap_or(&[0, 0]);
+                f(first - outputs.start + o, g, &codes, &scales[at..at + 2], minimum);
             }
         }
-    }
-}
-
-/// Writes the codes of one output.
-#[inline]
-fn put(format: Format, codes: &[u8; GROUP], upper: bool, out: &mut [u8]) {
-    if format == Format::Q4_0 {
-        let (low, high) = codes.split_at(GROUP / 2);
-        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-            *out = if upper { low >> 4 | high & 0xf0 } else { low & 15 | high << 4 };
-        }
-    } else {
-        out.iter_mut().zip(codes).for_each(|(out, code)| *out = code ^ 0x80);
     }
 }
 
