@@ -36,6 +36,9 @@ pub struct LoadArgs {
     /// Look for NaN and infinities in all weights first.
     #[arg(long, env = "LACUNA_CHECK_TENSORS")]
     pub check_tensors: bool,
+    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    #[arg(long, env = "LACUNA_NO_BITMAPS")]
+    pub no_bitmaps: bool,
     /// Prompt tokens processed together.
     #[arg(short, long, default_value_t = 512, env = "LACUNA_BATCH")]
     pub batch: usize,

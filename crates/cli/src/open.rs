@@ -82,6 +82,8 @@ pub struct Ready {
     pub dense: Engine,
     /// The plan's name; `None` if everything is computed.
     pub plan: Option<String>,
+    /// What people read of how it runs: the plan's name or `dense`, and whether there are bitmaps.
+    label: String,
     /// How the plan guesses and checks tokens, if it does.
     pub decoding: Option<Decoding>,
     tokenizer: Result<Tokenizer>,
@@ -90,9 +92,9 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// The plan's name, `dense` without one.
+    /// The plan's name, `dense` without one; with `+bitmaps` behind where zeros are left out.
     pub fn label(&self) -> &str {
-        self.plan.as_deref().unwrap_or("dense")
+        &self.label
     }
 
     /// Tells the log the largest resident size so far beside the estimate.
@@ -181,16 +183,27 @@ fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> 
     }
     let decoding = plan.as_ref().and_then(|p| p.decoding);
     let dense = Engine::new(model, options(args)?)?;
-    let (engine, dense, plan) = match plan {
+    let (dense, packed) = sparse::with_bitmaps(args, dense)?;
+    if let Some(packed) = &packed {
+        // As with the copies of plans.
+        let stays = args.load_mode == LoadMode::Read || place == Place::Embedded;
+        need.weights += packed.bytes;
+        need.weights -= if stays { 0 } else { packed.dense_bytes.min(need.weights) };
+        within(&need, args.memory)?;
+    }
+    let (engine, dense, plan, label) = match plan {
         Some(plan) => {
             let sparse = sparse::with_plan(&plan, &dense)?;
             let dense = if base == Base::Kept { dense } else { sparse.engine.clone() };
-            (sparse.engine, dense, Some(sparse.label))
+            (sparse.engine, dense, Some(plan.method), sparse.label)
         }
-        None => (dense.clone(), dense, None),
+        None => {
+            let label = if packed.is_some() { format!("dense {}", sparse::BITMAPS) } else { "dense".to_owned() };
+            (dense.clone(), dense, None, label)
+        }
     };
     tracing::info!("ready in {:.3} s", start.elapsed().as_secs_f64());
-    Ok(Ready { engine, dense, plan, decoding, tokenizer, context, need })
+    Ok(Ready { engine, dense, plan, label, decoding, tokenizer, context, need })
 }
 
 fn within(need: &MemoryEstimate, limit: Option<u64>) -> Result<()> {

@@ -7,6 +7,7 @@ use lacuna::{
     calibrate::{self, Subject, store},
     engine::{
         Engine, Options,
+        bitmaps::{BitmapOptions, Packed},
         compile::{CompileOptions, compile},
     },
     model::Model,
@@ -14,6 +15,9 @@ use lacuna::{
 use lacuna_core::{plan::Plan, statistics::Statistics};
 use lacuna_methods::registry;
 use std::sync::Arc;
+
+/// What labels say of an engine with bitmaps.
+pub const BITMAPS: &str = "+bitmaps";
 
 /// An engine with a plan, and the plan's name.
 pub struct Sparse {
@@ -43,7 +47,24 @@ pub fn apply(args: &LoadArgs, place: &Place, dense: &Engine) -> Result<Option<Sp
     plan(args, place, dense.model())?.map(|plan| with_plan(&plan, dense)).transpose()
 }
 
-/// The engine that follows `plan`, with the threads and cache type of `dense`.
+/// `dense` with bitmaps where matrices have many zeros, unless a flag keeps them dense; the engine as it is where that
+/// does not pay.
+///
+/// # Errors
+/// As the engine's.
+pub fn with_bitmaps(args: &LoadArgs, engine: Engine) -> Result<(Engine, Option<Packed>)> {
+    if args.no_bitmaps {
+        return Ok((engine, None));
+    }
+    let options = BitmapOptions::for_model(cache::root().as_deref(), &engine.model().hash, engine.threads());
+    let progress = |done, all| tracing::debug!("bitmaps: {done} of {all}");
+    Ok(match engine.with_bitmaps(&options, &progress)? {
+        Some((packed, what)) => (packed, Some(what)),
+        None => (engine, None),
+    })
+}
+
+/// The engine that follows `plan`, with the threads and cache type of `dense`, and with bitmaps if it has some.
 ///
 /// # Errors
 /// As [`compile`].
@@ -59,7 +80,16 @@ pub fn with_plan(plan: &Plan, dense: &Engine) -> Result<Sparse> {
         prefill_chunk: dense.prefill_chunk(),
         plan: Some(compiled.plan),
     };
-    Ok(Sparse { engine: Engine::new(compiled.model, options)?, label: plan.method.clone() })
+    let engine = Engine::new(compiled.model, options)?;
+    let engine = match dense.has_bitmaps() {
+        true => {
+            let options = BitmapOptions::for_model(cache::root().as_deref(), &model.hash, dense.threads());
+            engine.with_bitmaps(&options, &|_, _| {})?.map_or(engine, |(packed, _)| packed)
+        }
+        false => engine,
+    };
+    let label = if engine.has_bitmaps() { format!("{} {BITMAPS}", plan.method) } else { plan.method.clone() };
+    Ok(Sparse { engine, label })
 }
 
 /// The plan of a short form: stored beside the model, or made at once where no method needs a calibration.

@@ -4,6 +4,7 @@ use crate::bytes::Bytes;
 use lacuna_kernels::{
     Format, Matrix,
     axpy::{Columns, groups::Groups},
+    bitmap::Bitmap,
     gemm::Weights,
 };
 
@@ -17,6 +18,8 @@ pub enum Orientation {
     /// The codes of each input channel, with the scales of output-major blocks: axpy form of the same numbers
     /// ([`lacuna_kernels::axpy::groups`]).
     InputGroups,
+    /// One run per output without its zeros: dot form ([`lacuna_kernels::bitmap`]).
+    Bitmap,
 }
 
 impl Orientation {
@@ -26,6 +29,7 @@ impl Orientation {
             Self::OutputMajor => "output-major",
             Self::InputMajor => "input-major",
             Self::InputGroups => "input-groups",
+            Self::Bitmap => "bitmap",
         }
     }
 }
@@ -47,6 +51,7 @@ impl Weight {
             Orientation::OutputMajor => drop(Matrix::new(format, outputs, inputs, &bytes)?),
             Orientation::InputMajor => drop(Matrix::new(format, inputs, outputs, &bytes)?),
             Orientation::InputGroups => drop(Groups::new(format, outputs, inputs, &bytes)?),
+            Orientation::Bitmap => drop(Bitmap::new(format, outputs, inputs, &bytes)?),
         }
         Some(Self { format, orientation, outputs, inputs, bytes })
     }
@@ -54,12 +59,12 @@ impl Weight {
     /// The runs, which is how model files hold weights.
     ///
     /// # Panics
-    /// For [`Orientation::InputGroups`], which only the copies of plans have.
+    /// For [`Orientation::InputGroups`] and [`Orientation::Bitmap`], which only converted copies have.
     pub fn matrix(&self) -> Matrix<'_> {
         let (rows, cols) = match self.orientation {
             Orientation::OutputMajor => (self.outputs, self.inputs),
             Orientation::InputMajor => (self.inputs, self.outputs),
-            Orientation::InputGroups => panic!("a weight by groups has no runs"),
+            Orientation::InputGroups | Orientation::Bitmap => panic!("a converted weight has no runs"),
         };
         Matrix::new(self.format, rows, cols, &self.bytes).expect("checked when the weight was made")
     }
@@ -70,19 +75,29 @@ impl Weight {
             Orientation::OutputMajor => Weights::OutputMajor(self.matrix()),
             Orientation::InputMajor => Weights::InputMajor(self.matrix()),
             Orientation::InputGroups => Weights::Groups(self.groups()),
+            Orientation::Bitmap => Weights::Bitmap(self.bitmap()),
         }
     }
 
     /// The columns, for sums over chosen channels.
     ///
     /// # Panics
-    /// For [`Orientation::OutputMajor`].
+    /// For [`Orientation::OutputMajor`] and [`Orientation::Bitmap`].
     pub fn columns(&self) -> Columns<'_> {
         match self.orientation {
             Orientation::InputGroups => Columns::Groups(self.groups()),
             Orientation::InputMajor => Columns::Runs(self.matrix()),
-            Orientation::OutputMajor => panic!("an output-major weight has no columns"),
+            Orientation::OutputMajor | Orientation::Bitmap => panic!("a weight by outputs has no columns"),
         }
+    }
+
+    /// The rows without their zeros.
+    ///
+    /// # Panics
+    /// For any other orientation than [`Orientation::Bitmap`].
+    pub fn bitmap(&self) -> Bitmap<'_> {
+        assert_eq!(self.orientation, Orientation::Bitmap, "only bitmaps have packed rows");
+        Bitmap::new(self.format, self.outputs, self.inputs, &self.bytes).expect("checked when the weight was made")
     }
 
     fn groups(&self) -> Groups<'_> {

@@ -6,10 +6,14 @@
 //! `multiN`: N vectors at once), `clock=cpu` (bytes per second of processor time instead of wall time: what one core does on a
 //! machine that others use too). Products and probe are interleaved; each line gives the median rate in GB/s, the best, and the
 //! median of the ratio to the probe pass that ran just before.
+//!
+//! `what=bitmap zeros=50,60,70,80` compares matrices without their zeros with the dense ones of the same format: dense and
+//! packed products in turns, the ratio of their times (median), the ratio of their bytes, and the first over the second.
 
 use lacuna_kernels::{
     Format, Isa, Matrix, Pool,
     axpy::{self, Columns, groups},
+    bitmap::{self, Bitmap},
     gemv, isa, probe,
 };
 use std::collections::HashMap;
@@ -47,6 +51,22 @@ fn main() {
     let probe = probe::StreamProbe::new(bytes);
     let clock: Clock = if get("clock", "wall") == "cpu" { cpu_clock } else { wall_clock };
     let what = get("what", "gemv,axpy");
+    if what == "bitmap" {
+        let zeros = get("zeros", "50,60,70,80");
+        println!("format isa     threads  zeros  dense-GB/s  packed-GB/s  speed-up (min-max)  ideal  of-ideal");
+        for format in formats.into_iter().filter(|f| bitmap::FORMATS.contains(f)) {
+            for &isa in &isas {
+                for threads in get("threads", "1,2").split(',') {
+                    let pool = Pool::new(threads.parse().expect("a number of threads"));
+                    for zeros in zeros.split(',') {
+                        let zeros = zeros.parse::<f64>().expect("percent of zeros") / 100.0;
+                        Pruned::new(format, bytes, cols, zeros).report(isa, &pool, reps, clock);
+                    }
+                }
+            }
+        }
+        return;
+    }
     println!("what  format isa     threads  kept   GB/s  best  of-probe  probe-GB/s");
     for format in formats {
         let bench = Bench::new(format, bytes, cols);
@@ -173,6 +193,78 @@ impl Bench {
         let (best, threads, name) = (rates.iter().copied().fold(0.0, f64::max), pool.threads(), self.format.name());
         let (rate, ratio, read) = (median(rates), median(ratios), median(reads));
         println!("{what:5} {name:6} {isa:7} {threads:7}  {kept:4.2}  {rate:5.1} {best:5.1}  {ratio:8.2}  {read:10.1}");
+    }
+}
+
+/// A dense matrix with zeros, and the same without them.
+struct Pruned {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    zeros: f64,
+    dense: Vec<u8>,
+    packed: Vec<u8>,
+    x: gemv::Operand,
+}
+
+impl Pruned {
+    fn new(format: Format, bytes: usize, cols: usize, zeros: f64) -> Self {
+        let row = format.run_bytes(cols).expect("whole blocks");
+        let rows = bytes / row;
+        let mut dense = vec![0x2c; rows * row];
+        // Bit mixing of splitmix64: zeros at places that nothing predicts.
+        let mut state = 1_u64;
+        let mut drop = || {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ z >> 31) >> 11) as f64 / (1_u64 << 53) as f64
+        };
+        for block in dense.chunks_exact_mut(format.block_bytes()) {
+            match format {
+                Format::Bf16 if drop() < zeros => block.fill(0),
+                Format::Q8_0 => block[2..].iter_mut().filter(|_| drop() < zeros).for_each(|q| *q = 0),
+                Format::Q4_0 => block[2..].iter_mut().for_each(|q| {
+                    *q = if drop() < zeros { *q & 0xf0 | 8 } else { *q };
+                    *q = if drop() < zeros { *q & 0x0f | 0x80 } else { *q };
+                }),
+                _ => {}
+            }
+        }
+        let packed =
+            bitmap::pack(&Matrix::new(format, rows, cols, &dense).expect("sizes fit")).expect("a packed format");
+        let values: Vec<f32> = (0..cols).map(|i| (i % 17) as f32 - 8.0).collect();
+        let mut x = gemv::Operand::new();
+        x.prepare(&values, &[format, bitmap::operand(format)]);
+        Self { format, rows, cols, zeros, dense, packed, x }
+    }
+
+    fn report(&self, isa: Isa, pool: &Pool, reps: usize, clock: Clock) {
+        let w = Matrix::new(self.format, self.rows, self.cols, &self.dense).expect("sizes fit");
+        let b = Bitmap::new(self.format, self.rows, self.cols, &self.packed).expect("sizes fit");
+        let mut y = vec![0.0; self.rows];
+        let (mut dense, mut packed, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for rep in 0..=reps {
+            let start = clock();
+            gemv::run_on(isa, pool, &mut [gemv::Job { w, x: &self.x, y: &mut y }]);
+            let whole = clock() - start;
+            let start = clock();
+            bitmap::run_on(isa, pool, &mut [bitmap::Job { w: b, x: &[&self.x], y: &mut y }]);
+            let part = clock() - start;
+            if rep > 0 {
+                dense.push(self.dense.len() as f64 / whole / 1e9);
+                packed.push(self.packed.len() as f64 / part / 1e9);
+                ratios.push(whole / part);
+            }
+        }
+        let ideal = self.dense.len() as f64 / self.packed.len() as f64;
+        let (low, high) = ratios.iter().fold((f64::MAX, 0.0_f64), |(l, h), &r| (l.min(r), h.max(r)));
+        let (speed, dense, packed) = (median(ratios), median(dense), median(packed));
+        let (name, threads, zeros) = (self.format.name(), pool.threads(), self.zeros * 100.0);
+        println!(
+            "{name:6} {isa:7} {threads:7}  {zeros:4.0}%  {dense:10.1}  {packed:11.1}  {speed:8.2} ({low:.2}-{high:.2})  {ideal:5.2}  {:8.2}",
+            speed / ideal
+        );
     }
 }
 

@@ -4,11 +4,12 @@ use super::shape::{Act, Role, Shape};
 use lacuna_kernels::{Format, convert::encode_run};
 use std::io::{self, Write};
 
-/// A normal distribution.
+/// A normal distribution, and the share of its numbers nearest to the mean that become zero.
 #[derive(Clone, Copy, Debug)]
 pub struct Filled {
     pub mean: f32,
     pub deviation: f32,
+    pub zeros: f64,
 }
 
 /// A matrix of numbers that only depend on the seed.
@@ -31,12 +32,12 @@ pub fn of_role(role: &Role, s: &Shape, act: Act, open: f64) -> Filled {
     match (act, role.name) {
         (Act::Relu, "ffn_gate") => {
             let shift = quantile(open) / (s.width as f64 * COMMON);
-            Filled { mean: shift as f32, deviation }
+            Filled { mean: shift as f32, deviation, zeros: 0.0 }
         }
         (Act::Relu, "attn_output" | "ffn_down") => {
-            Filled { mean: 0.0, deviation: deviation * OUTPUTS / s.layers as f32 }
+            Filled { mean: 0.0, deviation: deviation * OUTPUTS / s.layers as f32, zeros: 0.0 }
         }
-        _ => Filled { mean: 0.0, deviation },
+        _ => Filled { mean: 0.0, deviation, zeros: 0.0 },
     }
 }
 
@@ -51,11 +52,14 @@ impl Source {
     /// Writes all rows in `format`.
     pub fn write(&self, format: Format, out: &mut dyn Write) -> io::Result<()> {
         let mut normal = Normal(self.seed);
+        let least = if self.filled.zeros > 0.0 { quantile(0.5 + 0.5 * self.filled.zeros) as f32 } else { 0.0 };
+        let (mean, least) = (self.filled.mean, least * self.filled.deviation);
         let mut row = vec![0.0; self.cols];
         let bytes = format.run_bytes(self.cols).ok_or(io::ErrorKind::InvalidInput)?;
         let mut encoded = vec![0; bytes];
         for _ in 0..self.rows {
             normal.fill(&mut row, self.filled);
+            row.iter_mut().filter(|v| (**v - mean).abs() < least).for_each(|v| *v = 0.0);
             encode_run(format, &row, &mut encoded);
             out.write_all(&encoded)?;
         }
@@ -115,15 +119,23 @@ mod tests {
     #[test]
     fn numbers_have_the_mean_and_the_spread_asked_for_and_repeat() {
         let mut x = vec![0.0; 100_001];
-        Normal(5).fill(&mut x, Filled { mean: 3.0, deviation: 0.5 });
+        Normal(5).fill(&mut x, Filled { mean: 3.0, deviation: 0.5, zeros: 0.0 });
         let mean = x.iter().sum::<f32>() / x.len() as f32;
         let spread = (x.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / x.len() as f32).sqrt();
         assert!((mean - 3.0).abs() < 0.01 && (spread - 0.5).abs() < 0.01, "{mean} {spread}");
         let inside = x.iter().filter(|v| (**v - 3.0).abs() < 0.5).count() as f32 / x.len() as f32;
         assert!((inside - 0.6827).abs() < 0.01, "{inside}");
         let mut y = vec![0.0; 100_001];
-        Normal(5).fill(&mut y, Filled { mean: 3.0, deviation: 0.5 });
+        Normal(5).fill(&mut y, Filled { mean: 3.0, deviation: 0.5, zeros: 0.0 });
         assert_eq!(x, y);
+    }
+
+    #[test]
+    fn the_smallest_share_is_zero() {
+        let filled = Filled { mean: 0.0, deviation: 0.02, zeros: 0.7 };
+        let bytes = Source { seed: 3, rows: 50, cols: 1000, filled }.encode(Format::Bf16);
+        let zeros = bytes.as_chunks::<2>().0.iter().filter(|v| **v == [0, 0]).count() as f64 / 50_000.0;
+        assert!((zeros - 0.7).abs() < 0.01, "{zeros}");
     }
 
     #[test]

@@ -44,6 +44,9 @@ pub struct Args {
     /// Share of the neurons that open on random tokens (with `--act relu`).
     #[arg(long, default_value_t = 0.1)]
     open: f64,
+    /// Share of the weights of layers that are zero: the smallest ones, as magnitude pruning leaves them.
+    #[arg(long, default_value_t = 0.0)]
+    zeros: f64,
     /// Number of layers, if not the shape's.
     #[arg(long)]
     layers: Option<usize>,
@@ -70,6 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.act == Act::Relu && args.open > 0.5 {
         bail!("--open above 0.5 is no sparse model");
     }
+    ensure!((0.0..1.0).contains(&args.zeros), "--zeros must be at least 0 and below 1");
     let mut writer = Writer::new();
     describe(&mut writer, &shape, args);
     let parts = parts(&mut writer, &shape, args)?;
@@ -152,7 +156,7 @@ fn parts(writer: &mut Writer, s: &Shape, args: &Args) -> Result<Vec<Part>> {
     let relu = args.act == Act::Relu;
     let mut layout = Layout { writer, parts: Vec::new() };
     let vocab_rows = |seed, filled| Source { seed: args.seed ^ seed, rows: s.vocab, cols: s.width, filled };
-    let embedding = Filled { mean: if relu { 1.0 } else { 0.0 }, deviation: if relu { 1.0 } else { 0.02 } };
+    let embedding = Filled { mean: if relu { 1.0 } else { 0.0 }, deviation: if relu { 1.0 } else { 0.02 }, zeros: 0.0 };
     let format = args.kind.of_embedding(s);
     let part = Part::Rows(vocab_rows(0xE0, embedding), format);
     layout.matrix("token_embd.weight", format, (s.vocab, s.width), part)?;
@@ -169,7 +173,7 @@ fn parts(writer: &mut Writer, s: &Shape, args: &Args) -> Result<Vec<Part>> {
     layout.gain("output_norm.weight", s.width, if relu { 0.02 } else { 1.0 })?;
     if !s.tied {
         let format = args.kind.of_head(s);
-        let head = Filled { mean: 0.0, deviation: (s.width as f32).sqrt().recip() };
+        let head = Filled { mean: 0.0, deviation: (s.width as f32).sqrt().recip(), zeros: 0.0 };
         layout.matrix("output.weight", format, (s.vocab, s.width), Part::Rows(vocab_rows(0xF0, head), format))?;
     }
     Ok(layout.parts)
@@ -182,7 +186,7 @@ fn encode_layer(parts: &[Part], s: &Shape, args: &Args) -> HashMap<(usize, Forma
         let Part::Layer(i, format) = part else { continue };
         layer.entry((*i, *format)).or_insert_with(|| {
             let (rows, cols) = (ROLES[*i].size)(s);
-            let filled = fill::of_role(&ROLES[*i], s, args.act, args.open);
+            let filled = Filled { zeros: args.zeros, ..fill::of_role(&ROLES[*i], s, args.act, args.open) };
             Source { seed: args.seed ^ (*i as u64 + 1) << 8, rows, cols, filled }.encode(*format)
         });
     }

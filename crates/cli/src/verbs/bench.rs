@@ -60,6 +60,9 @@ pub struct Args {
     /// Methods to run, as for `run`; `dense` for none. May be given several times.
     #[arg(long, value_name = "SPEC", env = "LACUNA_SPARSE")]
     sparse: Vec<String>,
+    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    #[arg(long, env = "LACUNA_NO_BITMAPS")]
+    no_bitmaps: bool,
     /// Conversations that generate together, one token each in a pass; t/s counts the tokens of all.
     #[arg(long, value_delimiter = ',', default_value = "1", env = "LACUNA_STREAMS")]
     streams: Vec<usize>,
@@ -211,6 +214,7 @@ fn load_args(args: &Args, threads: Option<usize>, sparse: Option<String>) -> Loa
         memory: None,
         load_mode: LoadMode::Map,
         check_tensors: false,
+        no_bitmaps: args.no_bitmaps,
         batch: args.batch,
         model_name: None,
     }
@@ -232,13 +236,15 @@ fn bench_model(args: &Args, name: Option<&str>, tests: &[Test<'_>], rows: &mut V
     let threads = if args.threads.is_empty() { vec![None] } else { args.threads.iter().copied().map(Some).collect() };
     let plans = if args.sparse.is_empty() { vec!["dense".to_owned()] } else { args.sparse.clone() };
     for count in threads {
-        let dense = Engine::new(model.clone(), open::options(&load_args(args, count, None))?)?;
+        let load = load_args(args, count, None);
+        let (dense, packed) = sparse::with_bitmaps(&load, Engine::new(model.clone(), open::options(&load)?)?)?;
+        let unplanned = packed.map_or("dense".to_owned(), |_| format!("dense {}", sparse::BITMAPS));
         for spec in &plans {
             let spec = Some(spec.clone()).filter(|s| s != "dense");
             let load = LoadArgs { model_name: name.map(str::to_owned), ..load_args(args, count, spec) };
             let (engine, plan) = match sparse::apply(&load, &place, &dense)? {
                 Some(sparse) => (sparse.engine, sparse.label),
-                None => (dense.clone(), "dense".to_owned()),
+                None => (dense.clone(), unplanned.clone()),
             };
             for test in tests {
                 let tokenizer = tokenizer.as_ref();
@@ -406,7 +412,7 @@ fn guess(case: &Case<'_>, test: Test<'_>, draft: &Spec, tokenizer: &Tokenizer) -
     let mut stats = DecodingStats::default();
     let mut once = || -> Result<f64> {
         session.truncate(0);
-        let mut decoder = draft.decoder(args.draft_max, case.plan != "dense")?;
+        let mut decoder = draft.decoder(args.draft_max, !case.plan.starts_with("dense"))?;
         let mut sampler = Sampler::new(SamplerOptions::greedy())?;
         let mut last = sampler.sample(session.prefill(&prompt)?);
         let start = Instant::now();

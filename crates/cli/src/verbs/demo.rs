@@ -46,6 +46,7 @@ pub fn run() -> Result<Outcome> {
         memory: None,
         load_mode: LoadMode::Map,
         check_tensors: false,
+        no_bitmaps: false,
         batch: 512,
         model_name: None,
     };

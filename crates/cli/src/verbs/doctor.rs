@@ -11,7 +11,7 @@ use lacuna::{
     },
 };
 use lacuna_kernels::{
-    Format, Pool,
+    Format, Pool, bitmap,
     isa::{self, Isa},
     probe,
 };
@@ -55,7 +55,8 @@ pub fn run(args: Args) -> Result<Outcome> {
         facts["probes"] = probes();
         measure_break_even(args.remeasure)?;
     }
-    facts["break_even"] = stored_break_even();
+    facts["break_even"] = stored_break_even(&BY_CHANNELS, BreakEven::share);
+    facts["bitmap_zeros"] = stored_break_even(&bitmap::FORMATS, BreakEven::zeros);
     let mut out = stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&facts)?)?;
@@ -86,11 +87,16 @@ pub fn run(args: Args) -> Result<Outcome> {
     if !args.no_probe {
         write!(out, "\n{table}")?;
     }
-    let mut table = Table::new(&["weights", "dense is faster above a kept share of:"]);
-    for (format, share) in facts["break_even"].as_object().into_iter().flatten() {
-        table.row([format.clone(), share.as_f64().map_or("-".to_owned(), text::percent)]);
+    for (key, meaning) in [
+        ("break_even", "dense is faster above a kept share of:"),
+        ("bitmap_zeros", "bitmaps are faster from a share of zeros of:"),
+    ] {
+        let mut table = Table::new(&["weights", meaning]);
+        for (format, share) in facts[key].as_object().into_iter().flatten() {
+            table.row([format.clone(), share.as_f64().map_or("-".to_owned(), text::percent)]);
+        }
+        write!(out, "\n{table}")?;
     }
-    write!(out, "\n{table}")?;
     Ok(Outcome::Good)
 }
 
@@ -140,8 +146,9 @@ fn measure_break_even(again: bool) -> Result<()> {
     let Some(root) = cache::root() else { return Ok(()) };
     let mut counts = vec![1, all_threads()];
     counts.dedup();
-    counts.retain(|&n| again || BreakEven::load(Some(&root), n) == BreakEven::default());
-    let bar = ProgressBar::new((counts.len() * BY_CHANNELS.len()) as u64);
+    let known = |n| bitmap::FORMATS.iter().all(|f| BreakEven::load(Some(&root), n).knows_zeros(*f));
+    counts.retain(|&n| again || !known(n));
+    let bar = ProgressBar::new((counts.len() * (BY_CHANNELS.len() + bitmap::FORMATS.len())) as u64);
     bar.set_style(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?);
     bar.set_message("measuring sparse against dense products");
     for threads in counts {
@@ -151,6 +158,10 @@ fn measure_break_even(again: bool) -> Result<()> {
             found.set(format, break_even::measure(&pool, format, WIDTH, WIDTH));
             bar.inc(1);
         }
+        for format in bitmap::FORMATS {
+            found.set_zeros(format, break_even::measure_zeros(&pool, format, WIDTH, WIDTH));
+            bar.inc(1);
+        }
         found.save(&root, threads)?;
     }
     bar.finish_and_clear();
@@ -158,9 +169,9 @@ fn measure_break_even(again: bool) -> Result<()> {
 }
 
 /// The share per format at which the engine falls back to dense on this machine.
-fn stored_break_even() -> Value {
+fn stored_break_even(formats: &[Format], share: fn(&BreakEven, Format) -> f32) -> Value {
     let found = BreakEven::load(cache::root().as_deref(), all_threads());
-    BY_CHANNELS.into_iter().map(|f| (f.name().to_owned(), json!(found.share(f)))).collect::<Map<_, _>>().into()
+    formats.iter().map(|f| (f.name().to_owned(), json!(share(&found, *f)))).collect::<Map<_, _>>().into()
 }
 
 fn facts() -> Value {

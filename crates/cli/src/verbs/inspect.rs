@@ -14,6 +14,7 @@ use lacuna_core::{
     },
     map::{LoadMode, open as map_file},
 };
+use lacuna_kernels::{Format, Matrix, bitmap};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::{
@@ -48,6 +49,8 @@ struct Tensor {
     bytes: u64,
     /// Share of numbers that are exactly zero.
     zeros: Option<f64>,
+    /// Bytes as a bitmap, where that takes fewer.
+    bitmap_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -155,6 +158,7 @@ fn safetensors_list(files: &[safetensors::Tensors], zeros: bool) -> Result<Vec<T
                 shape: entry.shape.clone(),
                 bytes: bytes.len() as u64,
                 zeros: format.map(|kind| zero_share(kind, &bytes)).transpose()?,
+                bitmap_bytes: entry.dtype.format().filter(|_| zeros).and_then(|f| as_bitmap(f, &entry.shape, &bytes)),
             });
         }
     }
@@ -167,13 +171,15 @@ fn gguf_file(path: &Path, zeros: bool) -> Result<Contents> {
     let mut list = Vec::new();
     for t in file.tensors() {
         let bytes = file.bytes(&t)?;
+        let shape: Vec<u64> = t.dims.iter().rev().copied().collect();
         list.push(Tensor {
             name: t.name.to_owned(),
             r#type: t.kind.name().to_owned(),
-            shape: t.dims.iter().rev().copied().collect(),
+            shape: shape.clone(),
             bytes: t.bytes,
             // Types without a decoder have no count.
             zeros: if zeros { zero_share(t.kind, &bytes).ok() } else { None },
+            bitmap_bytes: t.kind.format().filter(|_| zeros).and_then(|f| as_bitmap(f, &shape, &bytes)),
         });
     }
     Ok((metadata, list))
@@ -207,6 +213,14 @@ fn zero_share(kind: gguf::TensorType, bytes: &Bytes) -> Result<f64> {
     Ok(if total == 0 { 0.0 } else { zeros as f64 / total as f64 })
 }
 
+/// Bytes of a matrix as a bitmap, if that takes fewer.
+fn as_bitmap(format: Format, shape: &[u64], bytes: &[u8]) -> Option<u64> {
+    let &[rows, cols] = shape else { return None };
+    let w = Matrix::new(format, usize::try_from(rows).ok()?, usize::try_from(cols).ok()?, bytes)?;
+    let (packed, _) = bitmap::packed_bytes(&w)?;
+    (packed < bytes.len()).then_some(packed as u64)
+}
+
 fn show(out: &mut impl Write, r: &Report) -> Result<()> {
     writeln!(out, "{}", r.file)?;
     writeln!(out, "architecture  {}", text::or_dash(r.architecture.as_ref()))?;
@@ -223,11 +237,11 @@ fn show(out: &mut impl Write, r: &Report) -> Result<()> {
         table.row([key.clone(), cut(&shown)]);
     }
     writeln!(out, "{table}")?;
-    let mut table = Table::new(&["tensor", "type", "shape", "zeros:", "bytes:"]);
+    let mut table = Table::new(&["tensor", "type", "shape", "zeros:", "bytes:", "as bitmap:"]);
     for t in &r.tensors {
         let shape = t.shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
         let zeros = text::or_dash(t.zeros.map(text::percent));
-        table.row([t.name.clone(), t.r#type.clone(), shape, zeros, text::bytes(t.bytes)]);
+        table.row([t.name.clone(), t.r#type.clone(), shape, zeros, text::bytes(t.bytes), text::or_dash(t.bitmap_bytes.map(text::bytes))]);
     }
     writeln!(out, "{table}")?;
     let mut table = Table::new(&["type", "bytes:"]);
@@ -256,7 +270,6 @@ fn cut(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_kernels::Format;
 
     #[test]
     fn zeros_are_counted_across_chunks() {

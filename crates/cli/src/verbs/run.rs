@@ -159,7 +159,7 @@ pub fn report(ready: &Ready, session: &Session, out: &Generated) -> io::Result<(
     if counters.steps > 0 && decoded > 0 {
         let read = (counters.weight_bytes + counters.kv_bytes) as f64 / decoded as f64;
         write!(err, "read {} per token", text::bytes(read as u64))?;
-        if ready.plan.is_some() {
+        if ready.plan.is_some() || ready.engine.has_bitmaps() {
             let begin = session.len().saturating_sub(decoded);
             let dense = dense_bytes(&ready.dense, begin, session.len());
             write!(err, ", {} of dense", text::percent(read / dense))?;

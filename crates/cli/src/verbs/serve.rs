@@ -78,6 +78,9 @@ pub struct Args {
     /// Look for NaN and infinities in all weights first.
     #[arg(long, env = "LACUNA_CHECK_TENSORS")]
     check_tensors: bool,
+    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    #[arg(long, env = "LACUNA_NO_BITMAPS")]
+    no_bitmaps: bool,
     /// Most prompt tokens processed together.
     #[arg(short, long, default_value_t = 512, env = "LACUNA_BATCH")]
     batch: usize,
@@ -137,6 +140,7 @@ fn load(args: &Args) -> LoadArgs {
         memory: args.memory,
         load_mode: args.load_mode,
         check_tensors: args.check_tensors,
+        no_bitmaps: args.no_bitmaps,
         batch: args.batch,
         model_name: args.model.clone(),
     }

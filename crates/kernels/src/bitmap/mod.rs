@@ -34,11 +34,13 @@ mod avx512;
 mod gemv;
 mod pack;
 mod scalar;
+mod strip;
 #[cfg(test)]
 mod tests;
 
 pub use gemv::{Job, run, run_on};
 pub use pack::{Cursor, pack, packed_bytes};
+pub(crate) use strip::Strip;
 
 use crate::Format;
 

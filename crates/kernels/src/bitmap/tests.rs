@@ -1,6 +1,7 @@
 //! Packing and unpacking, and all instruction sets against the dense products and sums in f64, on odd sizes and densities.
 
 use super::*;
+use crate::gemm;
 use crate::gemv::{self, Operand};
 use crate::testing::{Guarded, Random, stored};
 use crate::{Isa, Matrix, Pool, convert, isa};
@@ -203,6 +204,30 @@ fn damaged_bytes_give_numbers_or_nan_and_never_a_read_outside() {
             let mut y = vec![0.0; rows];
             run_on(isa, &pool, &mut [Job { w, x: &[&x], y: &mut y }]);
             assert!(y[1].is_nan(), "{format:?} {isa}: {}", y[1]);
+        }
+    }
+}
+
+#[test]
+fn matrix_products_have_the_bits_of_dense_ones() {
+    let mut random = Random(6);
+    let pools = [Pool::new(1), Pool::new(3)];
+    for format in FORMATS {
+        for (m, n, k) in [(1, 1, 32), (3, 17, 544), (20, 70, 1056), (33, 300, 160)] {
+            let dense = pruned(format, n, k, 0.6, &mut random);
+            let w = Matrix::new(format, n, k, &dense).unwrap();
+            let packed = pack(&w).unwrap();
+            let b = Bitmap::new(format, n, k, &packed).unwrap();
+            let x = random.floats(m * k);
+            for pool in &pools {
+                let mut input = gemm::Input::new();
+                input.prepare(pool, &x, m, k, &[format]);
+                let mut ys = [vec![f32::NAN; m * n], vec![f32::NAN; m * n]];
+                for (y, w) in ys.iter_mut().zip([gemm::Weights::OutputMajor(w), gemm::Weights::Bitmap(b)]) {
+                    gemm::run(pool, &mut [gemm::Job { w, x: &input, y, accumulate: false }]);
+                }
+                assert_eq!(bits(&ys[0]), bits(&ys[1]), "{format:?} {m} x {n} x {k}");
+            }
         }
     }
 }

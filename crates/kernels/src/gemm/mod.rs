@@ -62,7 +62,7 @@ mod transpose;
 #[cfg(test)]
 mod tests;
 
-use crate::{Format, Matrix, Pool, axpy::groups::Groups};
+use crate::{Format, Matrix, Pool, axpy::groups::Groups, bitmap::Bitmap};
 
 pub use input::Input;
 
@@ -82,6 +82,8 @@ pub enum Weights<'a> {
     InputMajor(Matrix<'a>),
     /// Output-major blocks whose codes lie by inputs. Products of Q8_0 and Q4_0 have the bits of the output-major form.
     Groups(Groups<'a>),
+    /// Output-major rows without their zeros. Products have the bits of the output-major form.
+    Bitmap(Bitmap<'a>),
 }
 
 impl Weights<'_> {
@@ -90,6 +92,7 @@ impl Weights<'_> {
         match self {
             Self::OutputMajor(w) | Self::InputMajor(w) => w.format(),
             Self::Groups(w) => w.format(),
+            Self::Bitmap(w) => w.format(),
         }
     }
 
@@ -99,13 +102,14 @@ impl Weights<'_> {
             Self::OutputMajor(w) => (w.rows(), w.cols()),
             Self::InputMajor(w) => (w.cols(), w.rows()),
             Self::Groups(w) => (w.outputs(), w.inputs()),
+            Self::Bitmap(w) => (w.rows(), w.cols()),
         }
     }
 
     /// Whether there are no blocks along the inputs that an int8 product could take.
     pub(crate) fn without_blocks(&self) -> bool {
         match self {
-            Self::OutputMajor(_) => false,
+            Self::OutputMajor(_) | Self::Bitmap(_) => false,
             Self::InputMajor(_) => true,
             Self::Groups(w) => w.format() == Format::Q4K,
         }

@@ -10,6 +10,7 @@ use super::input::{round_bf16, tiles};
 use super::transpose::transpose16;
 use super::{TILE_K, TILE_N};
 use crate::axpy::groups::{self, GROUP, Groups};
+use crate::bitmap::Strip;
 use crate::convert::decode_run;
 use crate::isa::Isa;
 use crate::{Format, Matrix};
@@ -24,8 +25,9 @@ pub(crate) struct Panel {
     scales: Buffer,
     offsets: Buffer,
     run: Buffer,
-    /// Weights whose codes lie by inputs, output by output.
+    /// Weights of other forms, output by output.
     plain: Buffer,
+    strip: Strip,
 }
 
 /// The int8 form of a panel.
@@ -72,6 +74,16 @@ impl Panel {
                 let mut scratch = std::mem::take(&mut self.plain);
                 let (format, bytes) = unpacked(isa, arithmetic, w, (outputs, inputs), &mut scratch);
                 let w = Matrix::new(format, n, k, bytes).expect("as many numbers as the panel has");
+                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
+                self.plain = scratch;
+            }
+            Weights::Bitmap(w) => {
+                let (n, k) = (outputs.len(), inputs.len());
+                let mut scratch = std::mem::take(&mut self.plain);
+                let row = w.format().run_bytes(k).expect("panels are cut at the borders of blocks");
+                let bytes = scratch.at_least::<u8>(n * row);
+                self.strip.unpack(isa, w, outputs, inputs, bytes);
+                let w = Matrix::new(w.format(), n, k, bytes).expect("a row for every output of the panel");
                 self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
                 self.plain = scratch;
             }

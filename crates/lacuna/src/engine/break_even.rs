@@ -1,6 +1,7 @@
-//! From which kept share on a dense product is faster than a sparse one: measured once per machine, stored in the cache.
+//! From which kept share on a dense product is faster than one with chosen channels, and from which share of zeros on a
+//! bitmap is faster than a dense one: measured once per machine, stored in the cache.
 
-use super::transpose::by_channels;
+use super::{bitmaps::bitmap_of, transpose::by_channels};
 use lacuna_core::{
     atomic::write_atomically,
     bytes::Bytes,
@@ -8,7 +9,7 @@ use lacuna_core::{
     map::read_small,
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{Format, Pool, axpy, convert::encode_run, gemv, isa, select};
+use lacuna_kernels::{Format, Pool, axpy, bitmap, convert::encode_run, gemv, isa, select};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -19,6 +20,16 @@ use std::{
 
 /// Kept share above which a layer runs dense, where nothing was measured (papers see 0.6 to 0.8 on CPUs).
 pub const DEFAULT_BREAK_EVEN: f32 = 0.7;
+
+/// Share of zeros from which on a bitmap is faster, where nothing was measured (AVX-512 with one thread; see
+/// `docs/benchmarks.md`).
+const fn default_zeros(format: Format) -> f32 {
+    match format {
+        Format::Bf16 => 0.25,
+        Format::Q8_0 => 0.35,
+        _ => 0.5,
+    }
+}
 
 /// Break-even shares by format, for one instruction set and number of threads.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -64,10 +75,29 @@ impl BreakEven {
         self.shares.get(format.name()).copied().unwrap_or(DEFAULT_BREAK_EVEN)
     }
 
+    /// The share of zeros from which on bitmaps of `format` are faster: measured, or a default.
+    pub fn zeros(&self, format: Format) -> f32 {
+        self.shares.get(&zeros_of(format)).copied().unwrap_or(default_zeros(format))
+    }
+
+    /// Sets that share, clamped to 0 to 1. At 0 every bitmap is taken that saves bytes.
+    pub fn set_zeros(&mut self, format: Format, share: f32) {
+        self.shares.insert(zeros_of(format), share.clamp(0.0, 1.0));
+    }
+
+    /// Whether there is a measured share of zeros for `format`.
+    pub fn knows_zeros(&self, format: Format) -> bool {
+        self.shares.contains_key(&zeros_of(format))
+    }
+
     /// Sets the share for `format`, clamped to 0 to 1. 1 never falls back.
     pub fn set(&mut self, format: Format, share: f32) {
         self.shares.insert(format.name().into(), share.clamp(0.0, 1.0));
     }
+}
+
+fn zeros_of(format: Format) -> String {
+    format!("{} zeros", format.name())
 }
 
 fn file(root: &Path, threads: usize) -> PathBuf {
@@ -108,6 +138,65 @@ pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f3
         return DEFAULT_BREAK_EVEN;
     }
     ((dense - (low - 0.25 * per_share)) / per_share).clamp(0.0, 1.0) as f32
+}
+
+/// Measures the share of zeros at which a product with a bitmap takes as long as the dense one, for a matrix of `outputs` by
+/// `inputs`: as [`measure`], with bitmaps of 25 % and 75 % zeros. 1 if not even the latter is faster.
+///
+/// # Panics
+/// If the format has no bitmaps, or `inputs` is not a multiple of its block.
+pub fn measure_zeros(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f32 {
+    const BYTES: usize = 120 << 20;
+    const ROUNDS: usize = 7;
+    let pruned = [0.25, 0.75].map(|zeros| scattered(format, outputs, inputs, zeros));
+    let copies = BYTES.div_ceil(pruned[0].bytes().len().max(1)).clamp(1, 64);
+    let copy = |w: &Weight| {
+        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec()))
+            .expect("a copy of a weight")
+    };
+    let many = |w: &Weight| (0..copies).map(|_| copy(w)).collect::<Vec<_>>();
+    let (dense, packed) = (many(&pruned[0]), pruned.map(|w| many(&bitmap_of(&w))));
+    let x: Vec<f32> = (0..inputs).map(|i| (i % 17) as f32 - 8.0).collect();
+    let mut y = vec![0.0; outputs];
+    let mut operand = gemv::Operand::new();
+    operand.prepare(&x, &[format, bitmap::operand(format)]);
+    let mut times = [vec![], vec![], vec![]];
+    for _ in 0..ROUNDS {
+        times[0].push(time(|| {
+            for w in &dense {
+                gemv::run(pool, &mut [gemv::Job { w: w.matrix(), x: &operand, y: &mut y }]);
+            }
+        }));
+        for (packed, times) in packed.iter().zip(&mut times[1..]) {
+            times.push(time(|| {
+                for w in packed {
+                    bitmap::run(pool, &mut [bitmap::Job { w: w.bitmap(), x: &[&operand], y: &mut y }]);
+                }
+            }));
+        }
+    }
+    let [dense, low, high] = times.map(median);
+    let per_share = (low - high) / 0.5;
+    if high >= dense || per_share <= 0.0 {
+        return if low < dense { 0.25 } else { 1.0 };
+    }
+    (0.25 + (low - dense) / per_share).clamp(0.0, 1.0) as f32
+}
+
+/// A weight with about a share of `zeros` at scattered places.
+fn scattered(format: Format, outputs: usize, inputs: usize, zeros: f32) -> Weight {
+    let run = format.run_bytes(inputs).expect("inputs are a multiple of the block, as documented");
+    let mut bytes = vec![0; run * outputs];
+    let mut values = vec![0.0; inputs];
+    for (o, row) in bytes.chunks_exact_mut(run).enumerate() {
+        for (i, v) in values.iter_mut().enumerate() {
+            let mixed = ((o * inputs + i) as u32).wrapping_mul(0x9e37_79b1);
+            let mixed = (mixed ^ mixed >> 15).wrapping_mul(0x85eb_ca6b);
+            *v = if ((mixed ^ mixed >> 13) >> 8) as f32 / ((1 << 24) as f32) < zeros { 0.0 } else { 1.0 };
+        }
+        encode_run(format, &values, row);
+    }
+    Weight::new(format, Orientation::OutputMajor, outputs, inputs, bytes.into()).expect("runs of this shape")
 }
 
 fn sample(format: Format, outputs: usize, inputs: usize) -> Weight {

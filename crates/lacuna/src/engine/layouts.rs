@@ -1,8 +1,9 @@
 //! Converted layouts on disk: one file per matrix, made once, mapped from then on, so that only one copy of a matrix
 //! is resident (nothing touches the pages of the original any more).
 //!
-//! `<cache>/layouts/<model hash>/<layer>.<projection>.<format>` (in mixtures `<layer>.expert-<n>.<projection>...`): one page of JSON header, then the runs. Files appear by
-//! rename, so a kill in mid-write leaves at most a temporary file.
+//! `<cache>/layouts/<model hash>/<layer>.<projection>.<format>` (in mixtures `<layer>.expert-<n>.<projection>...`, bitmaps with
+//! `.bitmap` behind): one page of JSON header, then the data. Files appear by rename, so a kill in mid-write leaves at most
+//! a temporary file.
 //!
 //! A start must not read gigabytes to trust them, so there are two checks. The header holds a SHA-256 of all data, and
 //! the time of the last change that the file was given when it was written. Where the file still has that time, nobody
@@ -10,7 +11,10 @@
 //! changed file) all of it is read once, and the time set again if it is right. What the system damages without a write
 //! is found by [`check_all`] (`lacuna doctor --check-cache`). A file that fails a check is made again.
 
-use super::transpose::{CopyForm, by_channels};
+use super::{
+    bitmaps::bitmap_of,
+    transpose::{CopyForm, by_channels},
+};
 use lacuna_core::{
     atomic::write_atomically,
     bytes::Bytes,
@@ -18,7 +22,7 @@ use lacuna_core::{
     hash::{HashedTensor, model_hash, sha256},
     map::{LoadMode, open},
     site::Proj,
-    weight::Weight,
+    weight::{Orientation, Weight},
 };
 use lacuna_kernels::Pool;
 use serde::{Deserialize, Serialize};
@@ -39,7 +43,7 @@ const VERSION: u32 = 3;
 /// Bytes before the data; a page, so that mapped runs are aligned.
 const HEADER: usize = 4096;
 
-/// A matrix that is wanted by channels.
+/// A matrix that is wanted in another layout.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
     /// Layer, from 0.
@@ -56,6 +60,31 @@ pub struct Wanted<'a> {
 #[derive(Clone, Debug)]
 pub struct LayoutCache {
     folder: Option<PathBuf>,
+}
+
+/// What a copy is for.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    /// Reading single channels.
+    Channels,
+    /// Leaving out zeros.
+    Bitmap,
+}
+
+impl Layout {
+    fn form(self, weight: &Weight) -> CopyForm {
+        match self {
+            Self::Channels => CopyForm::for_weight(weight).0,
+            Self::Bitmap => CopyForm { format: weight.format(), orientation: Orientation::Bitmap },
+        }
+    }
+
+    fn make(self, weight: &Weight) -> Weight {
+        match self {
+            Self::Channels => by_channels(weight),
+            Self::Bitmap => bitmap_of(weight),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize, PartialEq, Debug)]
@@ -124,10 +153,28 @@ impl LayoutCache {
         pool: &Pool,
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Vec<Weight> {
+        self.all(wanted, Layout::Channels, pool, progress)
+    }
+
+    /// Bitmaps of all `wanted`, as [`LayoutCache::by_channels`] gives copies.
+    ///
+    /// # Panics
+    /// If a format has no bitmaps.
+    pub fn bitmaps(&self, wanted: &[Wanted<'_>], pool: &Pool, progress: &(dyn Fn(usize, usize) + Sync)) -> Vec<Weight> {
+        self.all(wanted, Layout::Bitmap, pool, progress)
+    }
+
+    fn all(
+        &self,
+        wanted: &[Wanted<'_>],
+        layout: Layout,
+        pool: &Pool,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Vec<Weight> {
         let made: Vec<Mutex<Option<Weight>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
         let done = AtomicUsize::new(0);
         pool.run(wanted.len(), &|_, i| {
-            let weight = self.one(&wanted[i]);
+            let weight = self.one(&wanted[i], layout);
             *made[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(weight);
             progress(done.fetch_add(1, Ordering::Relaxed) + 1, wanted.len());
         });
@@ -135,24 +182,25 @@ impl LayoutCache {
         made.into_iter().map(|m| take(m).expect("the pool runs every chunk")).collect()
     }
 
-    fn one(&self, wanted: &Wanted<'_>) -> Weight {
+    fn one(&self, wanted: &Wanted<'_>, layout: Layout) -> Weight {
         let Some(folder) = &self.folder else {
-            let copy = by_channels(wanted.weight);
+            let copy = layout.make(wanted.weight);
             wanted.weight.bytes().release();
             return copy;
         };
-        let (form, _) = CopyForm::for_weight(wanted.weight);
+        let form = layout.form(wanted.weight);
         let expert = wanted.expert.map_or(String::new(), |e| format!("expert-{e}."));
-        let path = folder.join(format!("{}.{expert}{}.{}", wanted.layer, wanted.proj, form.format.name()));
-        match read(&path, wanted.weight) {
+        let end = if layout == Layout::Bitmap { ".bitmap" } else { "" };
+        let path = folder.join(format!("{}.{expert}{}.{}{end}", wanted.layer, wanted.proj, form.format.name()));
+        match read(&path, wanted.weight, form) {
             Ok(weight) => return weight,
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
             Err(e) => tracing::warn!("converted layout is made again: {e}"),
         }
-        let copy = by_channels(wanted.weight);
+        let copy = layout.make(wanted.weight);
         // From here on only the copy is read.
         wanted.weight.bytes().release();
-        match write(&path, &copy).and_then(|()| read(&path, wanted.weight)) {
+        match write(&path, &copy).and_then(|()| read(&path, wanted.weight, form)) {
             Ok(mapped) => mapped,
             Err(e) => {
                 tracing::warn!("converted layout stays in memory: {e}");
@@ -200,10 +248,9 @@ fn bad(path: &Path, found: &str) -> Error {
     Error::malformed(found, "a converted layout of this matrix").in_file(path)
 }
 
-/// Maps a stored copy of `original`, or says what is wrong with it.
-fn read(path: &Path, original: &Weight) -> Result<Weight> {
+/// Maps a stored copy of `original` in `form`, or says what is wrong with it.
+fn read(path: &Path, original: &Weight, form: CopyForm) -> Result<Weight> {
     let Stored { header, data } = open_stored(path)?;
-    let (form, _) = CopyForm::for_weight(original);
     let weight = Weight::new(form.format, form.orientation, original.outputs(), original.inputs(), data)
         .ok_or_else(|| bad(path, "data of another length"))?;
     if !header.is_of(&weight) {

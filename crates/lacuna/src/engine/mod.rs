@@ -5,6 +5,7 @@
 //! [`crate::model::spec::Spec`] alone: no architecture and no method is named here.
 
 mod batch;
+pub mod bitmaps;
 pub mod break_even;
 pub mod compile;
 mod compiled;
@@ -75,6 +76,11 @@ impl Engine {
     /// # Errors
     /// Options out of their range, or a plan for another number of layers or other shapes.
     pub fn new(model: Arc<Model>, options: Options) -> Result<Self> {
+        Self::build(model, None, options)
+    }
+
+    /// An engine that computes with `model`; `original`: the same before its matrices became bitmaps.
+    fn build(model: Arc<Model>, original: Option<Arc<Model>>, options: Options) -> Result<Self> {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = if options.threads == 0 { cores() } else { options.threads };
         within("threads", threads, 1, 1024)?;
@@ -85,17 +91,38 @@ impl Engine {
         let blocks = Arc::new(BlockPool::new(&model.spec, options.kv)?);
         let (kv, prefill_chunk, plan) = (options.kv, options.prefill_chunk, options.plan);
         let (pool, routers) = (Pool::new(threads), routers(&model));
-        Ok(Self { shared: Arc::new(Shared { model, pool, kv, blocks, prefill_chunk, plan, routers }) })
+        Ok(Self { shared: Arc::new(Shared { model, original, pool, kv, blocks, prefill_chunk, plan, routers }) })
     }
 
-    /// The same model and threads with another plan, or none.
+    /// The same model, plan and threads, with matrices as bitmaps where their zeros pay for it, and what was packed;
+    /// `None` if nowhere. [`Engine::model`] stays the model as it was loaded. `progress(done, all)` is called from the
+    /// threads while bitmaps are made.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn with_bitmaps(
+        &self,
+        options: &bitmaps::BitmapOptions,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Option<(Self, bitmaps::Packed)>> {
+        let Shared { model, kv, prefill_chunk, plan, pool, original, .. } = &*self.shared;
+        if original.is_some() {
+            return Ok(None);
+        }
+        let Some(packed) = bitmaps::pack(model, plan.as_deref(), options, pool, progress) else { return Ok(None) };
+        let options = Options { threads: self.threads(), kv: *kv, prefill_chunk: *prefill_chunk, plan: plan.clone() };
+        let engine = Self::build(packed.model.clone(), Some(model.clone()), options)?;
+        Ok(Some((engine, packed)))
+    }
+
+    /// The same model and threads with another plan, or none; without bitmaps.
     ///
     /// # Errors
     /// A plan for another number of layers or other shapes.
     pub fn with_plan(&self, plan: Option<Arc<CompiledPlan>>) -> Result<Self> {
         let threads = self.threads();
-        let Shared { model, kv, prefill_chunk, .. } = &*self.shared;
-        Self::new(model.clone(), Options { threads, kv: *kv, prefill_chunk: *prefill_chunk, plan })
+        let Shared { kv, prefill_chunk, .. } = &*self.shared;
+        Self::new(self.model().clone(), Options { threads, kv: *kv, prefill_chunk: *prefill_chunk, plan })
     }
 
     /// A conversation of at most `context` tokens, 0: as many as the model was made for. Pages of keys and values are
@@ -113,9 +140,14 @@ impl Engine {
         Ok(Session::new(self.shared.clone(), context))
     }
 
-    /// The model.
+    /// The model as it was loaded or compiled, before any of its matrices became bitmaps.
     pub fn model(&self) -> &Arc<Model> {
-        &self.shared.model
+        self.shared.original.as_ref().unwrap_or(&self.shared.model)
+    }
+
+    /// Whether some matrices are read as bitmaps.
+    pub fn has_bitmaps(&self) -> bool {
+        self.shared.original.is_some()
     }
 
     /// Number of threads, the caller included.
@@ -148,10 +180,10 @@ impl Engine {
         self.shared.plan.as_deref().is_some_and(batch::follows_prompts)
     }
 
-    /// Bytes that a dense decode step reads with `depth` tokens in the context: weights (of the active experts only),
+    /// Bytes that a dense decode step (without a plan or bitmaps) reads with `depth` tokens in the context: weights (of the active experts only),
     /// keys and values. What a plan saves is in [`Session::counters`].
     pub fn bytes_per_token(&self, depth: usize) -> u64 {
-        let model = &self.shared.model;
+        let model = self.model();
         let mut bytes = weight_bytes(&model.head) + model.embed.matrix().row_bytes() as u64;
         for (block, spec) in model.blocks.iter().zip(&model.spec.blocks) {
             bytes += [&block.q, &block.k, &block.v, &block.o].map(weight_bytes).iter().sum::<u64>();

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 pub(super) struct Shared {
     pub model: Arc<Model>,
+    /// The model before its matrices became bitmaps, if some did.
+    pub original: Option<Arc<Model>>,
     pub pool: Pool,
     pub kv: KvType,
     pub blocks: Arc<BlockPool>,

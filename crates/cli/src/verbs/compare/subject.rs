@@ -39,6 +39,8 @@ impl Subject {
             memory: None,
             load_mode: LoadMode::Map,
             check_tensors: false,
+            // Plans are compared with what they are made from.
+            no_bitmaps: true,
             batch: 512,
             model_name: None,
         };

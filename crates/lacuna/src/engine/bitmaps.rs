@@ -1,0 +1,168 @@
+//! Weights without their zeros: which matrices of a pruned model are read as bitmaps, and the model that holds them.
+//!
+//! A matrix becomes a [`lacuna_kernels::bitmap`] if that takes fewer bytes and its zeros are above the share from which on this
+//! machine multiplies bitmaps faster ([`BreakEven::zeros`]). The share is that of some rows spread over the matrix, so that
+//! a model without zeros is not read for it. The numbers stay the same: products agree with dense ones up to the order of
+//! sums.
+
+use super::{
+    break_even::BreakEven,
+    compiled::CompiledPlan,
+    layouts::{LayoutCache, Wanted},
+};
+use crate::model::weights::Model;
+use lacuna_core::{
+    bytes::Bytes,
+    site::Proj,
+    weight::{Orientation, Weight},
+};
+use lacuna_kernels::{Matrix, Pool, bitmap};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+/// Rows of a matrix whose zeros are counted.
+const SAMPLE: usize = 16;
+
+/// Where bitmaps are kept, and from which share of zeros on they are faster.
+#[derive(Clone, Debug)]
+pub struct BitmapOptions {
+    /// Converted layouts.
+    pub cache: LayoutCache,
+    /// The shares.
+    pub break_even: BreakEven,
+}
+
+impl BitmapOptions {
+    /// The user's cache for the model of this hash, and what was measured on this machine with `threads`.
+    pub fn for_model(root: Option<&Path>, hash: &str, threads: usize) -> Self {
+        Self { cache: LayoutCache::new(root, hash), break_even: BreakEven::load(root, threads) }
+    }
+}
+
+/// A model some of whose matrices are bitmaps.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    /// The model.
+    pub model: Arc<Model>,
+    /// Matrices of the blocks that are bitmaps.
+    pub matrices: usize,
+    /// Their bytes as they were.
+    pub dense_bytes: u64,
+    /// Their bytes as bitmaps.
+    pub bytes: u64,
+    /// Why others with zeros are not, for the log.
+    pub notes: Vec<String>,
+}
+
+impl Packed {
+    /// One line for people.
+    pub fn describe(&self) -> String {
+        let share = 100.0 * self.bytes as f64 / self.dense_bytes.max(1) as f64;
+        format!("{} matrices are read as bitmaps, {share:.1} % of their bytes", self.matrices)
+    }
+}
+
+/// What a sample says of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Zeros {
+    /// Share of numbers that are zero.
+    pub share: f32,
+    /// Bytes as a bitmap over bytes as it is.
+    pub bytes: f32,
+}
+
+impl Zeros {
+    /// Of an output-major weight whose format has bitmaps, by some of its rows; `None` for others.
+    pub fn sample(weight: &Weight) -> Option<Self> {
+        if weight.orientation() != Orientation::OutputMajor || bitmap::unit(weight.format()).is_none() {
+            return None;
+        }
+        let (w, inputs) = (weight.matrix(), weight.inputs());
+        let rows = SAMPLE.min(w.rows());
+        let (mut zeros, mut bytes) = (0, 0);
+        for i in 0..rows {
+            let row = Matrix::new(w.format(), 1, inputs, w.row(i * w.rows() / rows))?;
+            let (packed, none) = bitmap::packed_bytes(&row)?;
+            zeros += none;
+            // One offset per row; a matrix of one row has two, and the padding.
+            bytes += packed - bitmap::PADDING - 8;
+        }
+        let all = (rows * inputs).max(1) as f32;
+        Some(Self { share: zeros as f32 / all, bytes: bytes as f32 / (rows * w.row_bytes()).max(1) as f32 })
+    }
+
+    /// Whether a bitmap takes fewer bytes and is faster from a share of `limit` zeros on.
+    pub fn pay(&self, limit: f32) -> bool {
+        self.bytes < 1.0 && self.share >= limit
+    }
+}
+
+/// The bitmap of an output-major weight.
+///
+/// # Panics
+/// If `weight` is not output-major, or its format has no bitmaps.
+pub fn bitmap_of(weight: &Weight) -> Weight {
+    assert_eq!(weight.orientation(), Orientation::OutputMajor, "only output-major weights are packed");
+    let bytes = bitmap::pack(&weight.matrix()).expect("callers choose formats that have bitmaps");
+    Weight::new(weight.format(), Orientation::Bitmap, weight.outputs(), weight.inputs(), Bytes::from(bytes))
+        .expect("the bytes were packed for this shape")
+}
+
+/// `model` with bitmaps where they pay; `None` if that is nowhere. What `plan` reads by rows or channels stays as it is.
+/// Missing bitmaps are made by the threads of `pool`, with `progress(done, all)` called from them.
+pub fn pack(
+    model: &Arc<Model>,
+    plan: Option<&CompiledPlan>,
+    options: &BitmapOptions,
+    pool: &Pool,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Option<Packed> {
+    let (mut wanted, mut places, mut left) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (layer, block) in model.blocks.iter().enumerate() {
+        for proj in Proj::ALL.into_iter().filter(|p| !by_rows(plan, layer, *p)) {
+            let parts = block.parts(proj);
+            let several = parts.len() > 1;
+            for (part, linear) in parts.into_iter().enumerate() {
+                let (weight, expert) = (&linear.weight, several.then_some(part));
+                let Some(zeros) = Zeros::sample(weight) else { continue };
+                let limit = options.break_even.zeros(weight.format());
+                if zeros.pay(limit) {
+                    wanted.push(Wanted { layer, expert, proj, weight });
+                    places.push((layer, proj, part));
+                } else if zeros.share > 0.05 {
+                    let key = (proj.to_string(), weight.format().name());
+                    let entry = left.entry(key).or_insert((0, zeros.share, zeros.share, limit));
+                    *entry = (entry.0 + 1, entry.1.min(zeros.share), entry.2.max(zeros.share), limit);
+                }
+            }
+        }
+    }
+    let line = |((proj, format), (n, low, high, limit)): ((String, &str), (usize, f32, f32, f32))| {
+        let [low, high, limit] = [low, high, limit].map(|s| 100.0 * s);
+        format!("{n} x {proj}: {low:.0}-{high:.0} % zeros stay dense ({format} bitmaps pay from {limit:.0} % on)")
+    };
+    let notes: Vec<String> = left.into_iter().map(line).collect();
+    notes.iter().for_each(|n| tracing::info!("{n}"));
+    if wanted.is_empty() {
+        return None;
+    }
+    let size = |weights: &mut dyn Iterator<Item = &Weight>| weights.map(|w| w.bytes().len() as u64).sum();
+    let dense_bytes = size(&mut wanted.iter().map(|w| w.weight));
+    let weights = options.cache.bitmaps(&wanted, pool, progress);
+    let (matrices, bytes) = (weights.len(), size(&mut weights.iter()));
+    let mut packed = Model::clone(model);
+    for ((layer, proj, part), weight) in places.into_iter().zip(weights) {
+        if let Some(linear) = packed.blocks[layer].part_mut(proj, part) {
+            linear.weight = weight;
+        }
+    }
+    let packed = Packed { model: Arc::new(packed), matrices, dense_bytes, bytes, notes };
+    tracing::info!("{}", packed.describe());
+    Some(packed)
+}
+
+/// Whether the plan computes single rows of a projection.
+fn by_rows(plan: Option<&CompiledPlan>, layer: usize, proj: Proj) -> bool {
+    let Some(rules) = plan.and_then(|p| p.layers.get(layer)) else { return false };
+    let by_neurons = rules.neurons.is_some() || !rules.experts.is_empty();
+    rules.input(proj).is_some() || (by_neurons && matches!(proj, Proj::Gate | Proj::Up | Proj::Down))
+}
