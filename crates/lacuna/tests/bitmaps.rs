@@ -5,7 +5,6 @@ mod common;
 #[path = "common/random.rs"]
 mod random;
 
-use random::{Kind, MlpKind, PLAIN_LLAMA, model as random_model};
 use lacuna::{
     compress::{Calibration, Request, compress},
     engine::{
@@ -22,6 +21,7 @@ use lacuna_core::{
 };
 use lacuna_kernels::{Format, bitmap, convert, isa};
 use lacuna_methods::{registry, weights::ratios::Ratios};
+use random::{Kind, MlpKind, PLAIN_LLAMA, model as random_model};
 use std::{fs, path::Path, sync::Arc};
 
 /// Largest difference of logits relative to their range. Sums of Q8_0 have another order in one kernel, and scalar kernels

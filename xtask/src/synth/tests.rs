@@ -7,7 +7,16 @@ use lacuna_core::{
 fn synth(kind: Kind, act: Act) -> (tempfile::TempDir, Gguf) {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("m.gguf");
-    let args = Args { shape: "tiny".into(), kind, output: output.clone(), act, open: 0.1, layers: Some(4), zeros: 0.0, seed: 7 };
+    let args = Args {
+        shape: "tiny".into(),
+        kind,
+        output: output.clone(),
+        act,
+        open: 0.1,
+        layers: Some(4),
+        zeros: 0.0,
+        seed: 7,
+    };
     run(&args).unwrap();
     let gguf = Gguf::open(&output, LoadMode::Read).unwrap();
     (dir, gguf)

@@ -241,7 +241,14 @@ fn show(out: &mut impl Write, r: &Report) -> Result<()> {
     for t in &r.tensors {
         let shape = t.shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
         let zeros = text::or_dash(t.zeros.map(text::percent));
-        table.row([t.name.clone(), t.r#type.clone(), shape, zeros, text::bytes(t.bytes), text::or_dash(t.bitmap_bytes.map(text::bytes))]);
+        table.row([
+            t.name.clone(),
+            t.r#type.clone(),
+            shape,
+            zeros,
+            text::bytes(t.bytes),
+            text::or_dash(t.bitmap_bytes.map(text::bytes)),
+        ]);
     }
     writeln!(out, "{table}")?;
     let mut table = Table::new(&["type", "bytes:"]);
