@@ -121,6 +121,17 @@ pub trait Compressor: Sync {
     /// What it must see.
     fn sight(&self, params: &Params) -> Sight;
 
+    /// Factors, one per input, by which the columns of `layers` (all those that read one vector) are multiplied before they
+    /// are compressed, while what makes the vector is divided by them; by default none. Powers of two: whoever folds them
+    /// changes no bit of what the model computes. Not asked for where they cannot be folded.
+    ///
+    /// # Errors
+    /// As [`Compressor::compress`].
+    fn factors(&self, params: &Params, layers: &[Layer<'_>]) -> Result<Option<Vec<f32>>, MethodError> {
+        let _ = (params, layers);
+        Ok(None)
+    }
+
     /// Compresses one layer. Equal input gives equal bits, at any number of threads.
     ///
     /// # Errors

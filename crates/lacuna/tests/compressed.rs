@@ -63,6 +63,8 @@ fn transformers_computes_the_same_logits() {
             output: output.clone(),
             steps: registry::parse(spec).unwrap(),
             ratios: Ratios::Uniform,
+            goal: None,
+            lock: None,
             calibration: Some(text(vocab)),
             seed: 0,
             threads: 0,

@@ -6,7 +6,10 @@ use crate::activations::{
     stored_predictor::StoredPredictor, teal::Teal, topk::TopK, wina::Wina,
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
-use crate::weights::{gptq::Gptq, magnitude::Magnitude, random::Random, rtn::Rtn, sparsegpt::SparseGpt, wanda::Wanda};
+use crate::weights::{
+    awq::Awq, gpfq::Gpfq, gptq::Gptq, magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn,
+    sparsegpt::SparseGpt, wanda::Wanda,
+};
 use lacuna_core::{
     method::{Method, MethodError, Params},
     recipe::{Step, parse_short},
@@ -39,6 +42,9 @@ pub static METHODS: &[&dyn Method] = &[
     &SparseGpt,
     &Rtn,
     &Gptq,
+    &Gpfq,
+    &Awq,
+    &Patch,
 ];
 
 /// A step with its method found and its parameters checked.
@@ -58,6 +64,21 @@ impl Resolved {
             text += &if i == 0 { format!("={value}") } else { format!(":{name}={value}") };
         }
         text
+    }
+
+    /// Whether it has the parameter `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.method.params().iter().any(|p| p.name == name)
+    }
+
+    /// The same step with another value for one parameter.
+    ///
+    /// # Errors
+    /// No such parameter, or a value outside its range.
+    pub fn with(&self, name: &str, value: f64) -> Result<Self, MethodError> {
+        let mut given: Vec<(&str, f64)> = self.params.iter().filter(|p| p.0 != name).collect();
+        given.push((name, value));
+        Ok(Self { method: self.method, params: Params::new(self.method, given)? })
     }
 }
 

@@ -23,13 +23,7 @@ const CHART_STYLE: &str = concat!(include_str!("colours.css"), include_str!("cha
 /// The page of `report`.
 pub fn page(report: &Report) -> String {
     let title = format!("{}: {} plans against dense", report.model.name, report.points.len());
-    let mut out = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n\
-         <title>{0}</title>\n<link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{0}</h1>\n",
-        escape(&title)
-    );
+    let mut out = head(&title);
     let m = &report.machine;
     out += &format!(
         "<p class=\"lead\">What skipping costs in quality and saves in bytes and time: {} tokens of {}, {} of {}, {}.</p>\n",
@@ -45,11 +39,26 @@ pub fn page(report: &Report) -> String {
     maps(&mut out, report);
     notes(&mut out, report);
     protocol(&mut out, report);
-    out += &format!(
+    out + &foot(&report.program)
+}
+
+/// The beginning of a page up to its title.
+pub fn head(title: &str) -> String {
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n\
+         <title>{0}</title>\n<link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{0}</h1>\n",
+        escape(title)
+    )
+}
+
+/// The end of a page.
+pub fn foot(program: &str) -> String {
+    format!(
         "<footer>Made by lacuna {}. This page asks nothing of the network.</footer>\n</main>\n</body>\n</html>\n",
-        escape(&report.program)
-    );
-    out
+        escape(program)
+    )
 }
 
 /// Loss in bits per byte that the tiles accept, as a share.

@@ -7,6 +7,7 @@ mod csv;
 mod escape;
 mod heat;
 mod html;
+pub mod layers;
 mod table;
 
 pub use table::terminal;

@@ -1,20 +1,22 @@
 //! `lacuna compress`: prune and quantise a model into a smaller one.
 
 use super::eval::read_text;
+use crate::report::layers::{Facts, page};
 use crate::{
     Outcome,
     open::{self, Place},
     table::Table,
     text::{self, parse_bytes},
 };
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use lacuna::{
     calibrate,
-    compress::{Calibration, DEFAULT_TOKENS, LayerReport, Progress, Report, Request, compress},
+    compress::{Calibration, DEFAULT_TOKENS, Goal, LayerReport, Progress, Report, Request, compress},
     model::LoadOptions,
 };
 use lacuna_core::{
+    atomic::write_atomically,
     compress::Sight,
     hash::sha256,
     recipe::{Recipe, Step, parse_short, pattern},
@@ -25,7 +27,7 @@ use lacuna_methods::{
 };
 use std::{
     io::{IsTerminal, Write, stderr, stdout},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Instant,
 };
 
@@ -53,9 +55,16 @@ pub struct Args {
     /// Columns that share a scale, 0: whole rows; default: the largest of 128, 64, 32 that divides all rows.
     #[arg(long, env = "LACUNA_GROUP")]
     group: Option<u32>,
-    /// How the share is spread over layers: uniform, erk, lamp or global.
+    /// How the share is spread over layers: uniform, erk, lamp, global or loss (by measured errors).
     #[arg(long, env = "LACUNA_RATIOS")]
     ratios: Option<String>,
+    /// The smallest error in this many bytes of weights: bits per matrix are searched, for methods that round.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "max_kl", env = "LACUNA_TARGET_BYTES")]
+    target_bytes: Option<u64>,
+    /// As small as the divergence from the model allows, measured on an eighth of the text that is held out: bits per matrix
+    /// are searched for methods that round, the share for others.
+    #[arg(long, value_name = "NATS", env = "LACUNA_MAX_KL")]
+    max_kl: Option<f64>,
     /// A recipe in TOML: model, text, ratios and methods with all their parameters.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "sparsity", "pattern", "bits", "group"], env = "LACUNA_RECIPE")]
     recipe: Option<PathBuf>,
@@ -71,6 +80,12 @@ pub struct Args {
     /// Where the result goes: a directory, or a file that ends in .gguf for a model that is one.
     #[arg(short, long, value_name = "OUT", env = "LACUNA_OUTPUT")]
     output: PathBuf,
+    /// A page with the errors and bytes of every layer (ends in .html).
+    #[arg(long, value_name = "FILE", env = "LACUNA_REPORT")]
+    report: Option<PathBuf>,
+    /// The run must follow from the same model, text and methods as this lacuna.lock.json says.
+    #[arg(long, value_name = "FILE", env = "LACUNA_LOCK")]
+    lock: Option<PathBuf>,
     /// Threads; default: all cores.
     #[arg(short, long, env = "LACUNA_THREADS")]
     threads: Option<usize>,
@@ -94,11 +109,16 @@ pub fn run(args: Args) -> Result<Outcome> {
     };
     let steps = steps(&args, recipe.as_ref(), &place)?;
     let ratios = args.ratios.as_ref().or(recipe.as_ref().and_then(|r| r.ratios.as_ref()));
+    let ratios = ratios.map_or(Ok(Ratios::Uniform), |r| Ratios::parse(r)).map_err(|e| anyhow!(e))?;
+    let measures = args.target_bytes.is_some() || args.max_kl.is_some() || ratios == Ratios::Loss;
+    let mut calibration = calibration(&args, recipe.as_ref(), &place, &steps, measures)?;
     let request = Request {
         model: model.to_path_buf(),
         output: args.output.clone(),
-        ratios: ratios.map_or(Ok(Ratios::Uniform), |r| Ratios::parse(r)).map_err(|e| anyhow!(e))?,
-        calibration: calibration(&args, recipe.as_ref(), &place, &steps)?,
+        ratios,
+        goal: goal(&args, &mut calibration)?,
+        lock: args.lock.clone(),
+        calibration,
         steps,
         seed: seed(&args, recipe.as_ref()),
         threads: args.threads.unwrap_or(0),
@@ -113,19 +133,47 @@ pub fn run(args: Args) -> Result<Outcome> {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         }
-        Progress::Layer(layer) => {
+        Progress::Measured(done, all) => {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        }
+        Progress::Tried(setting, kl) => {
+            bar.suspend(|| eprintln!("tried: {setting}, KL {kl:.4}"));
+        }
+        Progress::Layer(layer) if args.max_kl.is_none() => {
             let line = bar.suspend(|| writeln!(out, "{}", Line(layer)));
             failed = line.err().or(failed.take());
         }
+        Progress::Layer(_) => {}
     })?;
+    if args.max_kl.is_some() {
+        // Those of the trials were not told.
+        report.layers.iter().try_for_each(|l| writeln!(out, "{}", Line(l)))?;
+    }
     bar.finish_and_clear();
     if let Some(e) = failed {
         return Err(e.into());
     }
+    if let Some(kl) = report.divergence {
+        eprintln!("note: KL {kl:.4} on the held-out part of the text");
+    }
     report.notes.iter().for_each(|n| eprintln!("note: {n}"));
+    if let Some(path) = &args.report {
+        write_page(&report, &request, path, start)?;
+    }
     write!(out, "{}", summary(&report, start))?;
     writeln!(out, "{}", args.output.display())?;
     Ok(Outcome::Good)
+}
+
+/// Writes the page of errors and bytes.
+fn write_page(report: &Report, request: &Request, path: &Path, start: Instant) -> Result<()> {
+    let model = request.model.file_name().unwrap_or_default().to_string_lossy();
+    let labels: Vec<String> = request.steps.iter().map(Resolved::label).collect();
+    let facts = Facts { model: &model, methods: &labels.join(", "), seconds: start.elapsed().as_secs_f64() };
+    let page = page(report, &facts);
+    write_atomically(path, Some(page.len() as u64), |out| out.write_all(page.as_bytes()))
+        .with_context(|| format!("{}", path.display()))
 }
 
 fn seed(args: &Args, recipe: Option<&Recipe>) -> u64 {
@@ -195,12 +243,39 @@ fn default_group(place: &Place, steps: &[Step]) -> Result<Option<f64>> {
     Ok(Some(group.unwrap_or(0) as f64))
 }
 
-/// The windows of the calibration text; none where no text is given.
-fn calibration(args: &Args, recipe: Option<&Recipe>, place: &Place, steps: &[Resolved]) -> Result<Option<Calibration>> {
+/// What is searched for; for a divergence, every eighth window of the text is held out.
+fn goal(args: &Args, text: &mut Option<Calibration>) -> Result<Option<Goal>> {
+    if let Some(bytes) = args.target_bytes {
+        return Ok(Some(Goal::Bytes(bytes)));
+    }
+    let Some(most) = args.max_kl else { return Ok(None) };
+    let Some(text) = text else { bail!("--max-kl measures on a text; give one (-f FILE)") };
+    let (mut held_out, mut observed) = (Vec::new(), Vec::new());
+    let all = text.windows.len();
+    for (i, window) in std::mem::take(&mut text.windows).into_iter().enumerate() {
+        if i % 8 == 7 || (all < 8 && i + 1 == all) { held_out.push(window) } else { observed.push(window) }
+    }
+    if observed.is_empty() {
+        bail!(
+            "--max-kl: the text has a single window of tokens, none can be held out; give a longer text, or more --tokens"
+        );
+    }
+    text.windows = observed;
+    Ok(Some(Goal::Divergence { most, held_out }))
+}
+
+/// The windows of the calibration text; none where no text is given, or where nothing looks at one.
+fn calibration(
+    args: &Args,
+    recipe: Option<&Recipe>,
+    place: &Place,
+    steps: &[Resolved],
+    measures: bool,
+) -> Result<Option<Calibration>> {
     let of_recipe = recipe.and_then(|r| r.calibration.as_ref());
     let Some(file) = args.file.as_ref().or(of_recipe.map(|c| &c.file)) else { return Ok(None) };
     let blind = steps.iter().all(|s| s.method.compressor().is_none_or(|c| c.sight(&s.params) == Sight::Nothing));
-    if blind {
+    if blind && !measures {
         eprintln!("note: these methods look at weights alone; {} is not read", file.display());
         return Ok(None);
     }
@@ -230,7 +305,11 @@ struct Header;
 
 impl std::fmt::Display for Header {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:<22} {:>13} {:>8} {:>12} {:>12}", "layer", "shape", "zeros", "weight error", "output error")
+        write!(
+            f,
+            "{:<22} {:>13} {:>4} {:>8} {:>12} {:>12}",
+            "layer", "shape", "bits", "zeros", "weight error", "output error"
+        )
     }
 }
 
@@ -240,10 +319,11 @@ struct Line<'a>(&'a LayerReport);
 impl std::fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let l = self.0;
+        let bits = l.bits.map_or("-".into(), |b| b.to_string());
         let zeros = l.zeros as f64 / (l.outputs * l.inputs).max(1) as f64;
         let output = l.output_error.map_or("-".into(), |e| format!("{e:.5}"));
         let (name, shape) = (format!("layers.{}.{}", l.layer, l.proj), format!("{}x{}", l.outputs, l.inputs));
-        write!(f, "{name:<22} {shape:>13} {:>8} {:>12.5} {output:>12}", text::percent(zeros), l.weight_error)
+        write!(f, "{name:<22} {shape:>13} {bits:>4} {:>8} {:>12.5} {output:>12}", text::percent(zeros), l.weight_error)
     }
 }
 

@@ -1,6 +1,13 @@
 //! One block: run it, see the inputs of its layers, replace their weights.
 
-use super::{LayerReport, gram::Gather, hidden::Hidden};
+use super::{
+    LayerReport,
+    choices::{Choice, Choices, UNROUNDED, place},
+    fold::{self, Norms},
+    gram::Gather,
+    hidden::Hidden,
+    store::Finished,
+};
 use crate::{
     calibrate::layer_shapes,
     engine::{Engine, KvType, Options, probe::Probe},
@@ -19,7 +26,7 @@ use lacuna_core::{
 };
 use lacuna_kernels::{Format, Matrix, Pool, convert::decode_run, gemm};
 use lacuna_methods::registry::Resolved;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 /// A model of one block, ready to run.
 pub struct Runner {
@@ -96,8 +103,10 @@ pub struct Task<'a> {
     pub layer: usize,
     /// The methods, one after the other.
     pub steps: &'a [Resolved],
-    /// The share that each projection loses, where one is dropped.
-    pub shares: &'a BTreeMap<(usize, Proj), f64>,
+    /// What was decided for single projections.
+    pub choices: &'a Choices,
+    /// The norms that factors of inputs can be folded into.
+    pub norms: Norms<'a>,
     /// Seed of the run.
     pub seed: u64,
     /// Threads; 0: one per core.
@@ -109,6 +118,8 @@ pub struct Task<'a> {
 pub struct Compressed {
     /// By projection.
     pub changed: BTreeMap<Proj, Changed>,
+    /// The tensors of norms that factors of inputs were folded into.
+    pub norms: Vec<Finished>,
     /// One per projection.
     pub layers: Vec<LayerReport>,
     /// What a user should know.
@@ -147,9 +158,16 @@ impl Task<'_> {
                 }
                 seen = runner.observe(self.layer, hidden, &[*observed], true)?;
             }
+            let mut here = seen.remove(&observed.0);
+            if let Some(factors) = self.factors(group, &block, here.as_ref(), runner.pool())? {
+                fold::into(&mut block, group, &factors);
+                here.iter_mut().for_each(|seen| fold::seen(seen, &factors));
+                out.norms.extend(self.norms.finished(self.layer, &block, group[0]));
+            }
             for proj in group {
                 let Some(linear) = block.linear_mut(*proj) else { continue };
-                let (changed, report) = self.layer(*proj, linear, seen.get(&observed.0), runner.pool())?;
+                let choice = self.choices.get(self.layer, *proj);
+                let (changed, report) = self.layer(*proj, linear, here.as_ref(), runner.pool(), choice)?;
                 linear.weight = replaced(&changed, linear);
                 out.notes.extend(changed.notes.iter().cloned());
                 done(&report);
@@ -160,12 +178,54 @@ impl Task<'_> {
         Ok(out)
     }
 
-    fn layer(&self, proj: Proj, linear: &Linear, seen: Option<&Inputs>, pool: &Pool) -> Result<(Changed, LayerReport)> {
-        let place = format!("layers.{}.{proj}", self.layer);
+    /// Factors of the inputs of a group, if a method wants some and they can be folded exactly.
+    fn factors(&self, group: &[Proj], block: &Block, seen: Option<&Inputs>, pool: &Pool) -> Result<Option<Vec<f32>>> {
+        let Some(format) = self.norms.format(self.layer, group[0]) else { return Ok(None) };
+        let mut weights = Vec::new();
+        for proj in group {
+            weights.extend(block.linear(*proj).map(|l| (place(self.layer, *proj), l, decoded(&l.weight))));
+        }
+        let layers: Vec<Layer<'_>> = weights
+            .iter()
+            .map(|(place, linear, weight)| Layer {
+                place,
+                outputs: linear.weight.outputs(),
+                inputs: linear.weight.inputs(),
+                weight,
+                kept: None,
+                seen,
+                sparsity: None,
+                seed: self.seed,
+                pool,
+            })
+            .collect();
+        for step in self.steps {
+            let Some(compressor) = step.method.compressor() else { continue };
+            if let Some(factors) = compressor.factors(&step.params, &layers)? {
+                return Ok(Some(factors).filter(|f| fold::fits(block, group, f, format)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Compresses one projection as `choice` says.
+    ///
+    /// # Errors
+    /// What a method says of it.
+    pub fn layer(
+        &self,
+        proj: Proj,
+        linear: &Linear,
+        seen: Option<&Inputs>,
+        pool: &Pool,
+        choice: Choice,
+    ) -> Result<(Changed, LayerReport)> {
+        let place = place(self.layer, proj);
         let dense = decoded(&linear.weight);
         let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
         let mut now = Changed { weight: dense.clone(), kept: None, codes: None, notes: Vec::new() };
         for step in self.steps {
+            let Some(step) = chosen(step, choice)? else { continue };
             let Some(compressor) = step.method.compressor() else { continue };
             let layer = Layer {
                 place: &place,
@@ -174,7 +234,7 @@ impl Task<'_> {
                 weight: &now.weight,
                 kept: now.kept.as_deref(),
                 seen,
-                sparsity: self.shares.get(&(self.layer, proj)).copied(),
+                sparsity: choice.share,
                 seed: self
                     .seed
                     .wrapping_add(((self.layer as u64) << 8 | proj as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
@@ -203,6 +263,8 @@ impl Task<'_> {
             inputs,
             dropped: dropped as u64,
             zeros: now.weight.iter().filter(|w| **w == 0.0).count() as u64,
+            bits: now.codes.as_ref().map(|c| c.bits),
+            bytes: (0, 0),
             weight_error: relative(&dense, &now.weight, None, inputs),
             output_error: seen.map(|s| output_error(pool, s, &dense, &now.weight, inputs)),
         };
@@ -210,8 +272,21 @@ impl Task<'_> {
     }
 }
 
+/// The step with the bits of `choice`; `None` if it would round and must not.
+fn chosen(step: &Resolved, choice: Choice) -> Result<Option<Cow<'_, Resolved>>> {
+    let rounds = step.has("bits") && step.params.get("bits") > 0.0;
+    match choice.bits.filter(|_| rounds) {
+        None => Ok(Some(Cow::Borrowed(step))),
+        Some(UNROUNDED) if !step.has("sparsity") => Ok(None),
+        Some(bits) => {
+            let bits = if bits == UNROUNDED { 0 } else { bits };
+            Ok(Some(Cow::Owned(step.with("bits", f64::from(bits))?)))
+        }
+    }
+}
+
 /// Projections that read the same vector, in the order of the forward pass; the first is the one it is observed as.
-fn groups(shape: &LayerShape) -> Vec<Vec<Proj>> {
+pub fn groups(shape: &LayerShape) -> Vec<Vec<Proj>> {
     let mut groups: Vec<Vec<Proj>> = Vec::new();
     for proj in Proj::ALL.into_iter().filter(|p| shape.projection(*p).is_some()) {
         match groups.iter_mut().find(|g| shape.observed_as(g[0]) == shape.observed_as(proj)) {

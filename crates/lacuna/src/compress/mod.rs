@@ -6,11 +6,15 @@
 //! one Gram matrix and its factor, and the residual streams (in a file where they do not fit).
 
 mod block;
+mod choices;
+mod fold;
 mod gram;
 mod hidden;
 mod homes;
 mod lock;
+mod measure;
 mod output;
+mod search;
 mod store;
 mod tensors;
 
@@ -27,12 +31,14 @@ use crate::{
         source::{Original, Source, Stored},
     },
 };
-use block::{Runner, Task, decoded};
+use block::{Runner, Task};
+use choices::{Choices, UNROUNDED};
+use fold::Norms;
 use hidden::Hidden;
 use homes::{Home, homes};
 use lacuna_core::{
     atomic::free_space,
-    compress::{Pattern, Sight},
+    compress::Sight,
     format::safetensors::{self, Tensors},
     hash::sha256,
     method::MethodError,
@@ -40,10 +46,7 @@ use lacuna_core::{
     weight::Orientation,
 };
 use lacuna_kernels::Format;
-use lacuna_methods::{
-    registry::Resolved,
-    weights::ratios::{Ratios, Size},
-};
+use lacuna_methods::{registry::Resolved, weights::ratios::Ratios};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -72,6 +75,21 @@ impl Calibration {
     }
 }
 
+/// What is searched for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Goal {
+    /// The smallest error in this many bytes of weights: bits are chosen per matrix.
+    Bytes(u64),
+    /// The fewest bytes (or, where nothing is rounded, the largest share dropped) with at most this divergence from the
+    /// model on `held_out`.
+    Divergence {
+        /// Mean Kullback-Leibler divergence, in nats.
+        most: f64,
+        /// Windows of the text that are not observed.
+        held_out: Vec<Vec<u32>>,
+    },
+}
+
 /// What is to be done.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -83,6 +101,10 @@ pub struct Request {
     pub steps: Vec<Resolved>,
     /// How the share is spread over layers.
     pub ratios: Ratios,
+    /// What is searched for, if anything.
+    pub goal: Option<Goal>,
+    /// A lock of an earlier run that this one must follow from.
+    pub lock: Option<PathBuf>,
     /// The text, for methods that need one.
     pub calibration: Option<Calibration>,
     /// Decides what is drawn.
@@ -108,6 +130,10 @@ pub struct LayerReport {
     pub dropped: u64,
     /// Weights that are zero, by a mask or by rounding.
     pub zeros: u64,
+    /// Bits of its codes, if it was rounded.
+    pub bits: Option<u32>,
+    /// Bytes before and after; of a stored tensor that holds several projections, its part by weights.
+    pub bytes: (u64, u64),
     /// `||W - W'||^2 / ||W||^2`.
     pub weight_error: f64,
     /// The same of the outputs on the calibration text, by what the methods saw of the inputs.
@@ -125,6 +151,8 @@ pub struct Report {
     pub bytes: (u64, u64),
     /// Blocks that an earlier, killed run had finished.
     pub resumed: usize,
+    /// The divergence on the held-out windows, if that was searched for.
+    pub divergence: Option<f64>,
 }
 
 impl Report {
@@ -141,6 +169,10 @@ pub enum Progress<'a> {
     Block(usize, usize),
     /// A layer is finished.
     Layer(&'a LayerReport),
+    /// Blocks whose errors at several settings were measured, of all.
+    Measured(usize, usize),
+    /// A setting was tried, and diverged this much: what it was, and how much.
+    Tried(&'a str, f64),
 }
 
 /// Compresses a model.
@@ -150,18 +182,39 @@ pub enum Progress<'a> {
 /// be reached, an output that is something else, too little room on the disk. Later: what a method says of a layer, numbers
 /// that are not finite, what the system says. The output is untouched then, and a further run goes on where this one was.
 pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report> {
+    match &request.goal {
+        Some(Goal::Divergence { most, held_out }) => search::by_divergence(request, *most, held_out, progress),
+        _ => run(request, None, progress),
+    }
+}
+
+/// What a search found.
+#[derive(Clone, Copy)]
+struct Found<'a> {
+    choices: &'a Choices,
+    divergence: Option<f64>,
+    /// The request that was searched for.
+    asked: &'a Request,
+}
+
+/// One run over all blocks.
+fn run(request: &Request, found: Option<Found<'_>>, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report> {
     let options = LoadOptions::default();
     let checkpoint = Checkpoint::open(&request.model, &options)?;
-    let target = if request.model.is_dir() { Target::HuggingFace } else { Target::Gguf };
-    let plan = Plan::new(request, &checkpoint, target)?;
+    let mut plan = Plan::new(request, &checkpoint)?;
     let model = Checkpoint::open(&request.model, &options)?.bind()?;
     plan.check_formats(&model)?;
-    let shares = plan.shares(&model)?;
     let files = lock::source_files(&request.model)?;
-    let work = Work::open(&request.output, &plan.key(&files))?;
+    lock::check(request, checkpoint.hash(), &files)?;
+    let work = Work::open(&request.output, &plan.key(&files, found.map(|f| f.choices)))?;
+    plan.choices = match (found, work.choices()) {
+        (Some(found), _) => found.choices.clone(),
+        (None, Some(choices)) => choices,
+        (None, None) => work.add_choices(plan.decide(&model, &checkpoint.source, &work.spill(), progress)?)?,
+    };
     plan.check_space(&checkpoint.source)?;
-    let mut report = Report::default();
-    let mut hidden = plan.embed(&model, &work)?;
+    let mut report = Report { divergence: found.and_then(|f| f.divergence), ..Report::default() };
+    let mut hidden = if plan.sight() == Sight::Nothing { None } else { plan.embed(&model, &work.spill())? };
     let mut blocks = Vec::new();
     let all = model.spec.blocks.len();
     for layer in 0..all {
@@ -172,17 +225,10 @@ pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Re
                 found
             }
             None => {
-                let task = Task {
-                    model: &model,
-                    layer,
-                    steps: &request.steps,
-                    shares: &shares,
-                    seed: request.seed,
-                    threads: request.threads,
-                };
+                let task = plan.task(&model, &checkpoint.source, layer);
                 let done = task.run(hidden.as_mut(), &mut |l| progress(Progress::Layer(l)))?;
                 let made = plan.tensors(layer, &checkpoint.source, &done);
-                work.add(layer, &made, done.layers, done.notes)?
+                work.add(layer, &made, plan.with_bytes(layer, &checkpoint.source, done.layers), done.notes)?
             }
         };
         if let (Some(hidden), true) = (&mut hidden, layer + 1 < all) {
@@ -196,7 +242,8 @@ pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Re
     report.notes.extend(plan.notes());
     drop(hidden);
     progress(Progress::Block(all, all));
-    let lock = lock::lock(request, checkpoint.hash(), &files, &report);
+    let asked = found.map_or(request, |f| f.asked);
+    let lock = lock::lock(asked, checkpoint.hash(), &files, &report);
     report.bytes = output::write(&plan, &blocks, &lock)?;
     drop(blocks);
     work.remove()?;
@@ -219,20 +266,25 @@ pub(crate) struct Plan<'a> {
     spec: crate::model::spec::Spec,
     /// Bits and group of the codes, if a step rounds.
     grid: Option<(u32, usize)>,
+    /// What was decided for single projections.
+    choices: Choices,
 }
 
 impl<'a> Plan<'a> {
-    fn new(request: &'a Request, checkpoint: &Checkpoint, target: Target) -> Result<Self> {
+    fn new(request: &'a Request, checkpoint: &Checkpoint) -> Result<Self> {
+        let target = if request.model.is_dir() { Target::HuggingFace } else { Target::Gguf };
         let (names, spec) = (checkpoint.names, checkpoint.spec.clone());
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
-        let plan = Self { request, target, homes, names, spec, grid: grid(&request.steps)? };
+        let grid = grid(&request.steps)?;
+        let plan = Self { request, target, homes, names, spec, grid, choices: Choices::default() };
         let coded = |t: &&Stored| matches!(t.from, Some(Original::Codes(_)));
         if checkpoint.source.tensors.values().find(coded).is_some() {
             let (what, remedy) = ("compressing a model that is quantised already", "; start from the original".into());
             return Err(Error::Unsupported { file: checkpoint.source.file.clone(), what: what.into(), remedy });
         }
         plan.check_text()?;
+        plan.check_goal()?;
         output::check_place(request, target)?;
         if let Some(((bits, _), true)) = plan.grid.map(|g| (g, names.transposed && target == Target::HuggingFace)) {
             let what = format!("{bits}-bit codes for an architecture that stores its matrices transposed");
@@ -242,10 +294,47 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
+    /// What the steps must see.
+    fn sight(&self) -> Sight {
+        let of = |s: &Resolved| s.method.compressor().map(|c| c.sight(&s.params));
+        self.request.steps.iter().filter_map(of).max().unwrap_or(Sight::Nothing)
+    }
+
+    /// How block `layer` of `model` is compressed.
+    fn task<'t>(&'t self, model: &'t Model, source: &'t Source, layer: usize) -> Task<'t> {
+        let (steps, choices) = (&self.request.steps[..], &self.choices);
+        let norms = Norms { source, names: self.names, prefix: prefix(source, self.names) };
+        Task { model, layer, steps, choices, norms, seed: self.request.seed, threads: self.request.threads }
+    }
+
+    /// Bits of the codes of a home, if it is rounded.
+    fn bits(&self, layer: usize, home: &Home) -> Option<u32> {
+        let of = |parts: &(Proj, Vec<usize>)| self.choices.get(layer, parts.0).bits;
+        let bits = home.parts.first().and_then(of).or(self.grid.map(|g| g.0))?;
+        self.grid.filter(|_| bits < UNROUNDED).map(|_| bits)
+    }
+
+    /// The reports of a block's projections with the bytes they have.
+    fn with_bytes(&self, layer: usize, source: &Source, mut layers: Vec<LayerReport>) -> Vec<LayerReport> {
+        for home in &self.homes[layer] {
+            let (before, after) = (dense_bytes(source, home), self.home_bytes(source, home, self.bits(layer, home)));
+            for (proj, rows) in &home.parts {
+                let part = |bytes: u64| (bytes as f64 * rows.len() as f64 / home.outputs as f64).round() as u64;
+                let of = |l: &&mut LayerReport| l.proj == proj.name();
+                layers.iter_mut().filter(of).for_each(|l| l.bytes = (part(before), part(after)));
+            }
+        }
+        layers
+    }
+
+    /// Every home and its block.
+    fn all_homes(&self) -> impl Iterator<Item = (usize, &Home)> {
+        self.homes.iter().enumerate().flat_map(|(layer, homes)| homes.iter().map(move |h| (layer, h)))
+    }
+
     /// That there is a text where one is needed, and that it says enough.
     fn check_text(&self) -> Result<()> {
-        let of = |s: &Resolved| s.method.compressor().map(|c| c.sight(&s.params));
-        let sight = self.request.steps.iter().filter_map(of).max().unwrap_or(Sight::Nothing);
+        let sight = self.sight();
         let widest = self.homes.iter().flatten().map(|h| h.inputs).max().unwrap_or(0);
         let least = match sight {
             Sight::Nothing => return Ok(()),
@@ -256,6 +345,12 @@ impl<'a> Plan<'a> {
         let Some(text) = &self.request.calibration else {
             return wrong("these methods observe a text; give one (-f FILE)".into());
         };
+        let vocab = self.spec.vocab;
+        if let Some(id) = text.windows.iter().flatten().find(|t| **t as usize >= vocab) {
+            return wrong(format!(
+                "token {id} is outside of the vocabulary of {vocab}; was the text cut by another tokenizer?"
+            ));
+        }
         if text.tokens() >= least {
             return Ok(());
         }
@@ -315,52 +410,25 @@ impl<'a> Plan<'a> {
         Err(Error::Argument { name: "group", problem })
     }
 
-    /// The share of each projection, where they differ.
-    fn shares(&self, model: &Model) -> Result<BTreeMap<(usize, Proj), f64>> {
-        let has = |s: &&Resolved, name: &str| s.method.params().iter().any(|p| p.name == name);
-        let pruner = self.request.steps.iter().find(|s| has(s, "sparsity"));
-        let Some(step) = pruner.filter(|_| self.request.ratios != Ratios::Uniform) else { return Ok(BTreeMap::new()) };
-        let wrong = |problem: String| Error::Argument { name: "ratios", problem };
-        if Pattern::of(&step.params) != Pattern::Free {
-            return Err(wrong("a pattern fixes the share of every layer; use uniform ratios, or no pattern".into()));
-        }
-        let places: Vec<(usize, Proj)> = (0..model.blocks.len())
-            .flat_map(|l| Proj::ALL.into_iter().map(move |p| (l, p)))
-            .filter(|(l, p)| model.blocks[*l].linear(*p).is_some())
-            .collect();
-        let weight = |i: usize| model.blocks[places[i].0].linear(places[i].1).map(|l| &l.weight);
-        let size = |i: usize| weight(i).map_or((0, 0), |w| (w.outputs(), w.inputs()));
-        let sizes: Vec<Size> = (0..places.len()).map(size).map(|(outputs, inputs)| Size { outputs, inputs }).collect();
-        let weights = |i: usize| Ok::<_, String>(weight(i).map(decoded).unwrap_or_default());
-        let shares = self.request.ratios.allocate(step.params.get("sparsity"), &sizes, weights).map_err(wrong)?;
-        Ok(places.into_iter().zip(shares).collect())
-    }
-
     /// Hash of everything that finished blocks depend on.
-    fn key(&self, files: &BTreeMap<String, String>) -> String {
+    fn key(&self, files: &BTreeMap<String, String>, found: Option<&Choices>) -> String {
         let r = self.request;
         let windows = r.calibration.as_ref().map(|c| &c.windows);
         let ratios = r.ratios.name();
         let target = self.target;
         let steps: Vec<_> = r.steps.iter().map(Resolved::label).collect();
         let version = env!("CARGO_PKG_VERSION");
-        sha256(format!("{version} {target:?} {files:?} {steps:?} {ratios} {} {windows:?}", r.seed).as_bytes())
+        let goal = if found.is_some() { &None } else { &r.goal };
+        let text =
+            format!("{version} {target:?} {files:?} {steps:?} {ratios} {} {windows:?} {goal:?} {found:?}", r.seed);
+        sha256(text.as_bytes())
     }
 
     /// Room for the work folder and for the output beside it.
     fn check_space(&self, source: &Source) -> Result<()> {
         let all: u64 = source.tensors.values().map(|t| t.bytes.len() as u64).sum();
-        let homes = || self.homes.iter().flatten();
-        let before: u64 = homes().filter_map(|h| source.tensors.get(&h.tensor)).map(|t| t.bytes.len() as u64).sum();
-        let bits = |h: &Home| match self.grid {
-            None => source.tensors.get(&h.tensor).map_or(0, |t| t.bytes.len() as u64),
-            Some((bits, group)) => {
-                let group = if group == 0 { h.inputs } else { group };
-                let scale = 32.0 / group as f64;
-                ((h.outputs * h.inputs) as f64 * (f64::from(stored_bits(bits)) + scale) / 8.0) as u64 + 64
-            }
-        };
-        let after: u64 = homes().map(bits).sum();
+        let before: u64 = self.all_homes().map(|(_, h)| dense_bytes(source, h)).sum();
+        let after: u64 = self.all_homes().map(|(l, h)| self.home_bytes(source, h, self.bits(l, h))).sum();
         let streams = self.request.calibration.as_ref().map_or(0, |c| 4 * (c.tokens() * self.spec.width) as u64);
         let spilled = if streams > self.request.streams_in_memory { streams } else { 0 };
         let needed = all.saturating_sub(before) + 2 * after + spilled + (16 << 20);
@@ -375,10 +443,10 @@ impl<'a> Plan<'a> {
     }
 
     /// The residual streams before the first block, if there is a text.
-    fn embed(&self, model: &Model, work: &Work) -> Result<Option<Hidden>> {
+    fn embed(&self, model: &Model, spill: &Path) -> Result<Option<Hidden>> {
         let Some(text) = &self.request.calibration else { return Ok(None) };
         let lengths = text.windows.iter().map(|w| w.len() * self.spec.width).collect();
-        let mut hidden = Hidden::new(lengths, self.request.streams_in_memory, &work.spill())?;
+        let mut hidden = Hidden::new(lengths, self.request.streams_in_memory, spill)?;
         let runner = Runner::new(model, 0, model.blocks[0].clone(), self.request.threads)?;
         for (i, window) in text.windows.iter().enumerate() {
             hidden.set(i, &runner.embed(window)?)?;
@@ -389,7 +457,8 @@ impl<'a> Plan<'a> {
     /// The tensors that a compressed block becomes.
     fn tensors(&self, layer: usize, source: &Source, done: &block::Compressed) -> Vec<Finished> {
         let format = |h: &Home| source.tensors.get(&h.tensor).map_or(Format::F32, |t| t.format);
-        self.homes[layer].iter().flat_map(|h| finished(h, &done.changed, format(h), self.target)).collect()
+        let homes = self.homes[layer].iter().flat_map(|h| finished(h, &done.changed, format(h), self.target));
+        homes.chain(done.norms.iter().cloned()).collect()
     }
 
     /// Runs a block with its new weights, as they were written, over all streams.
@@ -420,7 +489,8 @@ impl<'a> Plan<'a> {
         match self.target {
             Target::HuggingFace => {
                 let files = safetensors::Model::from_files(vec![tensors.clone()])?;
-                let scheme = self.grid.map(|(bits, _)| Scheme::new(stored_bits(bits)));
+                let scheme =
+                    self.grid.map(|_| Scheme::new(homes.iter().filter_map(|h| self.bits(layer, h)).map(stored_bits)));
                 all.extend(source_of(&self.request.output, &files, scheme)?.tensors);
             }
             Target::Gguf => {
@@ -428,9 +498,14 @@ impl<'a> Plan<'a> {
                     let Some(entry) = tensors.get(&home.tensor) else { continue };
                     let stored = source.tensors.get(&home.tensor);
                     let format =
-                        self.grid.map_or_else(|| stored.map_or(Format::F32, |s| s.format), |g| block_format(g.0));
+                        self.bits(layer, home).map_or_else(|| stored.map_or(Format::F32, |s| s.format), block_format);
                     let shape = stored.map(|s| s.shape.clone()).unwrap_or_default();
                     all.insert(home.tensor.clone(), Stored::new(format, shape, tensors.bytes(entry)?));
+                }
+                for entry in tensors.entries().iter().filter(|e| homes.iter().all(|h| h.tensor != e.name)) {
+                    let Some(stored) = source.tensors.get(&entry.name) else { continue };
+                    let bytes = tensors.bytes(entry)?;
+                    all.insert(entry.name.clone(), Stored::new(stored.format, stored.shape.clone(), bytes));
                 }
             }
         }
@@ -444,11 +519,16 @@ impl<'a> Plan<'a> {
         if experts {
             notes.push("experts and their router are left as they are: only the attention was compressed".into());
         }
-        if matches!(self.grid, Some((3 | 5..=7, _))) {
+        if self.all_homes().any(|(l, h)| matches!(self.bits(l, h), Some(3 | 5..=7))) {
             notes.push("codes of 3 bits take 4 bits in the file, those of 5 to 7 take 8".into());
         }
         notes
     }
+}
+
+/// Bytes of a home as it is stored now.
+fn dense_bytes(source: &Source, home: &Home) -> u64 {
+    source.tensors.get(&home.tensor).map_or(0, |t| t.bytes.len() as u64)
 }
 
 /// Bits and group of the codes, after a check of the order of the steps.
@@ -464,8 +544,7 @@ fn grid(steps: &[Resolved]) -> Result<Option<(u32, usize)>> {
         if grid.is_some() {
             return refuse("it comes after a step that rounds to codes, and would undo it; put steps that drop first");
         }
-        let has = |n: &str| method.params().iter().any(|p| p.name == n);
-        if has("bits") && step.params.get("bits") > 0.0 {
+        if step.has("bits") && step.params.get("bits") > 0.0 {
             grid = Some((step.params.get("bits") as u32, step.params.get("group") as usize));
         }
     }

@@ -147,22 +147,40 @@ fn configuration(plan: &Plan<'_>) -> Result<Vec<u8>> {
     let path = plan.request.model.join("config.json");
     let text = read_small(&path, lacuna_core::size::cap::CONFIG)?;
     let bad = |e: serde_json::Error| Error::config(&path.display().to_string(), "config.json", e.to_string());
-    let Some((bits, group)) = plan.grid else { return Ok(text.to_vec()) };
+    let Some((_, group)) = plan.grid else { return Ok(text.to_vec()) };
     let mut config: Value = serde_json::from_slice(&text).map_err(bad)?;
-    let (strategy, size) = if group == 0 { ("channel", Value::Null) } else { ("group", json!(group)) };
-    let weights = json!({
-        "num_bits": stored_bits(bits), "type": "int", "symmetric": true, "strategy": strategy, "group_size": size,
-        "dynamic": false, "actorder": null, "observer": "minmax", "observer_kwargs": {}, "block_structure": null,
-    });
-    let group_0 =
-        json!({"targets": ["Linear"], "weights": weights, "input_activations": null, "output_activations": null});
+    // The layers of every number of bits.
+    let mut modules: BTreeMap<Option<u32>, Vec<&str>> = BTreeMap::new();
+    for (layer, home) in plan.all_homes() {
+        let name = home.tensor.strip_suffix(".weight").unwrap_or(&home.tensor);
+        modules.entry(plan.bits(layer, home).map(stored_bits)).or_default().push(name);
+    }
+    let one = modules.len() == 1;
+    let mut ignored = vec!["lm_head", "re:.*router.*", "re:.*experts.*", "re:.*block_sparse_moe.*", "re:.*mlp[.]gate$"];
+    ignored.extend(modules.remove(&None).unwrap_or_default());
+    if modules.is_empty() {
+        return Ok(text.to_vec());
+    }
+    let mut groups = serde_json::Map::new();
+    for (i, (bits, names)) in modules.into_iter().enumerate() {
+        let targets = if one { vec!["Linear"] } else { names };
+        groups.insert(format!("group_{i}"), config_group(targets, bits.unwrap_or_default(), group));
+    }
     config["quantization_config"] = json!({
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": group_0},
-        "ignore": ["lm_head", "re:.*router.*", "re:.*experts.*", "re:.*block_sparse_moe.*", "re:.*mlp[.]gate$"],
+        "config_groups": groups, "ignore": ignored,
         "kv_cache_scheme": null, "global_compression_ratio": null,
     });
     Ok(pretty(&config))
+}
+
+fn config_group(targets: Vec<&str>, bits: u32, group: usize) -> Value {
+    let (strategy, size) = if group == 0 { ("channel", Value::Null) } else { ("group", json!(group)) };
+    let weights = json!({
+        "num_bits": bits, "type": "int", "symmetric": true, "strategy": strategy, "group_size": size,
+        "dynamic": false, "actorder": null, "observer": "minmax", "observer_kwargs": {}, "block_structure": null,
+    });
+    json!({"targets": targets, "weights": weights, "input_activations": null, "output_activations": null})
 }
 
 type Tensor = (String, Dtype, Vec<u64>, Bytes);
@@ -233,13 +251,12 @@ fn gguf(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut WriteFile<
     for (key, value) in source.metadata().iter() {
         writer.set(key, value.clone());
     }
+    let bits: BTreeMap<&str, Option<u32>> = plan.all_homes().map(|(l, h)| (&h.tensor[..], plan.bits(l, h))).collect();
     let (mut data, mut before, mut after) = (Vec::new(), 0, 0);
     for t in source.tensors() {
         let old = source.bytes(&t)?;
-        let kind = match (new.contains_key(t.name), plan.grid) {
-            (true, Some((bits, _))) => TensorType::of(block_format(bits)),
-            _ => t.kind,
-        };
+        let coded = bits.get(t.name).copied().flatten().filter(|_| new.contains_key(t.name));
+        let kind = coded.map_or(t.kind, |bits| TensorType::of(block_format(bits)));
         writer.tensor(t.name, kind, t.dims).map_err(Error::io(output))?;
         before += old.len() as u64;
         data.push(new.remove(t.name).unwrap_or(old));

@@ -1,7 +1,7 @@
 //! Finished layers on the disk, so that a run that was killed goes on where it was: one safetensors file per block in a
 //! folder beside the output, and a note that tells what it belongs to and its hash.
 
-use super::LayerReport;
+use super::{LayerReport, choices::Choices};
 use crate::error::{Error, Result};
 use lacuna_core::{
     atomic::write_atomically,
@@ -42,6 +42,13 @@ pub(super) struct Note {
     pub layers: Vec<LayerReport>,
     /// What a user should know.
     pub notes: Vec<String>,
+}
+
+/// What was decided before the first block, and what it belongs to.
+#[derive(Serialize, Deserialize)]
+struct Decided {
+    key: String,
+    choices: Choices,
 }
 
 /// The folder of finished blocks.
@@ -85,6 +92,28 @@ impl Work {
 
     fn note_of(&self, layer: usize) -> Option<Note> {
         serde_json::from_slice(&read_small(self.note(layer), NOTE_BYTES).ok()?).ok()
+    }
+
+    fn decided(&self) -> PathBuf {
+        self.dir.join("choices.json")
+    }
+
+    /// What an earlier run decided.
+    pub fn choices(&self) -> Option<Choices> {
+        let text = read_small(self.decided(), NOTE_BYTES).ok()?;
+        serde_json::from_slice::<Decided>(&text).ok().filter(|d| d.key == self.key).map(|d| d.choices)
+    }
+
+    /// Keeps what was decided, and gives it back as [`Work::choices`] does.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn add_choices(&self, choices: Choices) -> Result<Choices> {
+        let path = self.decided();
+        let decided = Decided { key: self.key.clone(), choices };
+        let text = serde_json::to_vec(&decided).map_err(std::io::Error::from).map_err(Error::io(&path))?;
+        write_atomically(path, Some(text.len() as u64), |out| out.write_all(&text))?;
+        Ok(decided.choices)
     }
 
     /// A finished block: its tensors and what is noted of it. A damaged one counts as not finished.

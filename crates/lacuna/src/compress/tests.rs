@@ -1,6 +1,6 @@
 //! Whole runs on the embedded model and small fixtures: what is written, resumed, refused.
 
-use super::*;
+use super::{block::decoded, *};
 use crate::{embedded, model::load, reference};
 use lacuna_methods::registry;
 use std::{fs, io};
@@ -33,6 +33,8 @@ fn request(model: &Path, output: &Path, spec: &str, calibration: Option<Calibrat
         output: output.to_owned(),
         steps: registry::parse(spec).unwrap(),
         ratios: Ratios::Uniform,
+        goal: None,
+        lock: None,
         calibration,
         seed: 7,
         threads: 2,
@@ -168,7 +170,7 @@ fn a_failing_disk_leaves_the_old_output_or_none() {
     let (model, out) = (fixture("llama2"), dir.path().join("out"));
     let request = request(&model, &out, "magnitude=0.5", None);
     let checkpoint = Checkpoint::open(&model, &LoadOptions::default()).unwrap();
-    let plan = Plan::new(&request, &checkpoint, Target::HuggingFace).unwrap();
+    let plan = Plan::new(&request, &checkpoint).unwrap();
     let write = |fail_at: usize, mark: &str| {
         let mut count = 0;
         let lock = serde_json::json!({ "mark": mark });
@@ -245,4 +247,191 @@ fn ratios_move_zeros_between_layers() {
     let shares = zeros(&load(&out, &LoadOptions::default()).unwrap());
     let (low, high) = shares.iter().fold((1.0_f64, 0.0_f64), |(l, h), s| (l.min(*s), h.max(*s)));
     assert!(high - low > 0.05 && high <= 0.66, "{low} to {high}");
+}
+
+#[test]
+fn bits_are_chosen_within_the_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let out = dir.path().join("out");
+    let with = |bytes: u64| Request {
+        goal: Some(Goal::Bytes(bytes)),
+        ..request(&model, &out, "gptq=4:group=32", Some(text(vocab, 15, 64)))
+    };
+    let told = run(&with(1000)).unwrap_err().to_string();
+    assert!(told.contains("1000 bytes cannot be reached"), "{told}");
+    let least: u64 = told.split(' ').filter_map(|w| w.parse().ok()).next_back().unwrap();
+    let sum = |r: &Report| r.layers.iter().filter_map(|l| l.output_error).sum::<f64>();
+    let smallest = run(&with(least)).unwrap();
+    assert_eq!(smallest.bytes.1, least);
+    assert!(smallest.layers.iter().all(|l| l.bits == Some(2)));
+    let middle = run(&with(least + (smallest.bytes.0 - least) / 3)).unwrap();
+    let bits: std::collections::BTreeSet<_> = middle.layers.iter().map(|l| l.bits).collect();
+    assert!(middle.bytes.1 <= least + (middle.bytes.0 - least) / 3 && bits.len() > 1, "{bits:?}");
+    assert!(sum(&middle) < 0.5 * sum(&smallest));
+    // What is told of a layer is what is loaded.
+    let loaded = load(&out, &LoadOptions::default()).unwrap();
+    for l in &middle.layers {
+        let proj = Proj::ALL.into_iter().find(|p| p.name() == l.proj).unwrap();
+        let format = loaded.blocks[l.layer].linear(proj).unwrap().weight.format();
+        let dense = matches!(format, Format::Bf16 | Format::F32 | Format::F16);
+        assert_eq!((l.bits.is_none(), l.bits == Some(8)), (dense, format == Format::Q8_0), "{l:?}");
+    }
+    let zeros_alone = Request { goal: Some(Goal::Bytes(5000)), ..request(&model, &out, "magnitude=0.5", None) };
+    assert!(run(&zeros_alone).unwrap_err().to_string().contains("zeros alone save none"));
+}
+
+#[test]
+fn a_divergence_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let out = dir.path().join("out");
+    let mut all = text(vocab, 5, 64);
+    let held_out = all.windows.split_off(4);
+    let with = |spec: &str, most: f64, ratios: Ratios| {
+        let goal = Some(Goal::Divergence { most, held_out: held_out.clone() });
+        run(&Request { goal, ratios, ..self::request(&model, &out, spec, Some(all.clone())) })
+    };
+    let dropped = with("wanda", 0.05, Ratios::Loss).unwrap();
+    assert!(dropped.divergence.unwrap() <= 0.05 && dropped.sparsity() > 0.02, "{dropped:?}");
+    let coded = with("rtn=4:group=32", 0.02, Ratios::Uniform).unwrap();
+    assert!(coded.divergence.unwrap() <= 0.02 && coded.bytes.1 < coded.bytes.0, "{:?}", coded.bytes);
+    let lock = fs::read_to_string(out.join("lacuna.lock.json")).unwrap();
+    assert!(lock.contains("\"max_kl\": 0.02"), "{lock}");
+    let own = fs::copy(out.join("lacuna.lock.json"), dir.path().join("lock")).map(|_| dir.path().join("lock")).unwrap();
+    let goal = Some(Goal::Divergence { most: 0.02, held_out: held_out.clone() });
+    let request = self::request(&model, &out, "rtn=4:group=32", Some(all.clone()));
+    assert!(run(&Request { goal, lock: Some(own.clone()), ..request }).is_ok(), "a lock can be followed");
+    fs::remove_file(own).unwrap();
+    let none = with("magnitude=0.5,rtn=4:group=32", 1e-6, Ratios::Uniform).unwrap_err().to_string();
+    assert!(none.contains("smallest divergence"), "{none}");
+    assert!(with("magnitude=0.5:keep=2:of=4", 0.1, Ratios::Uniform).unwrap_err().to_string().contains("pattern"));
+    assert!(with("wanda", f64::NAN, Ratios::Uniform).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "only the model and the output");
+}
+
+#[test]
+fn loss_based_shares_lose_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let out = dir.path().join("out");
+    let with = |ratios| Request { ratios, ..request(&model, &out, "wanda=0.5", Some(text(vocab, 8, 64))) };
+    let (uniform, loss) = (run(&with(Ratios::Uniform)).unwrap(), run(&with(Ratios::Loss)).unwrap());
+    assert!((loss.sparsity() - uniform.sparsity()).abs() < 0.01, "{}", loss.sparsity());
+    let sum = |r: &Report| r.layers.iter().filter_map(|l| l.output_error).sum::<f64>();
+    assert!(sum(&loss) < 0.97 * sum(&uniform), "{} {}", sum(&loss), sum(&uniform));
+}
+
+/// Weights that the published codes of Wanda and SparseGPT (locuslab/wanda, IST-DASLab/sparsegpt, with PyTorch 2.15) made of
+/// the fixture, calibrated on the same windows: `tests/references/pruned-llama3.safetensors`.
+#[test]
+fn the_published_codes_give_the_same_masks_and_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/references/pruned-llama3.safetensors");
+    let theirs = Tensors::parse(fs::read(file).unwrap().into()).unwrap();
+    for method in ["wanda", "sparsegpt"] {
+        let out = dir.path().join(method);
+        let request = request(&fixture("llama3"), &out, &format!("{method}=0.5"), Some(text(32, 8, 24)));
+        let model = load(&fixture("llama3"), &LoadOptions::default()).unwrap();
+        let mut choices = Choices::default();
+        for ((layer, proj), size) in Plan::places(&model) {
+            // SparseGPT's code drops one weight more in every block of columns; these layers have one block.
+            let all = (size.outputs * size.inputs) as f64;
+            let more = if method == "sparsegpt" { 1.0 } else { 0.0 };
+            choices.entry(layer, proj).share = Some(0.5 + more / all);
+        }
+        let found = Found { choices: &choices, divergence: None, asked: &request };
+        super::run(&request, Some(found), &mut |_| {}).unwrap();
+        let bytes = fs::read(out.join("model.safetensors")).unwrap();
+        let ours = Tensors::parse(bytes.into()).unwrap();
+        let numbers = |t: &Tensors, name: &str| -> Vec<f32> {
+            let bytes = t.bytes(t.get(name).unwrap()).unwrap();
+            bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        };
+        let mut compared = 0;
+        for entry in theirs.entries() {
+            let Some(name) = entry.name.strip_prefix(&format!("{method}.")) else { continue };
+            let (a, b) = (numbers(&ours, name), numbers(&theirs, &entry.name));
+            let masks = a.iter().zip(&b).filter(|(a, b)| (**a == 0.0) != (**b == 0.0)).count();
+            let (lost, all) = a.iter().zip(&b).fold((0.0, 0.0), |s, (a, b)| (s.0 + (a - b).powi(2), s.1 + b.powi(2)));
+            println!("{}: {masks} of {} entries differ, weights by {:.1e}", entry.name, a.len(), (lost / all).sqrt());
+            assert!(a.len() == b.len() && masks == 0 && lost <= 1e-8 * all, "{}: {masks} {lost} {all}", entry.name);
+            compared += 1;
+        }
+        assert_eq!(compared, 5, "{method}");
+    }
+}
+
+#[test]
+fn a_lock_holds_a_run_to_its_model_text_and_methods() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out, lock) = (dir.path().join("model"), dir.path().join("out"), dir.path().join("lock.json"));
+    fs::create_dir(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(fixture("llama2").join(name), model.join(name)).unwrap();
+    }
+    let request = |spec: &str, tokens| request(&model, &out, spec, Some(text(32, 8, tokens)));
+    run(&request("wanda=0.5", 24)).unwrap();
+    fs::rename(out.join("lacuna.lock.json"), &lock).unwrap();
+    fs::remove_dir_all(&out).unwrap();
+    let held = |spec: &str, tokens, seed| run(&Request { lock: Some(lock.clone()), seed, ..request(spec, tokens) });
+    let refused = |r: Result<Report>| {
+        assert!(!out.exists());
+        r.unwrap_err().to_string()
+    };
+    assert!(refused(held("wanda=0.4", 24, 7)).contains("`steps` is"));
+    assert!(refused(held("wanda=0.5", 23, 7)).contains("`calibration` is"));
+    assert!(refused(held("wanda=0.5", 24, 8)).contains("`seed` is 8 in this run, the lock says 7"));
+    let mut bytes = fs::read(model.join("model.safetensors")).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    fs::write(model.join("model.safetensors"), &bytes).unwrap();
+    let changed = refused(held("wanda=0.5", 24, 7));
+    assert!(
+        changed.contains("`model.safetensors` of the model has SHA-256") && changed.contains("another revision"),
+        "{changed}"
+    );
+    bytes[last] ^= 1;
+    fs::write(model.join("model.safetensors"), &bytes).unwrap();
+    held("wanda=0.5", 24, 7).unwrap();
+    assert_eq!(fs::read(out.join("lacuna.lock.json")).unwrap(), fs::read(&lock).unwrap());
+    fs::write(&lock, "{").unwrap();
+    assert!(held("wanda=0.5", 24, 7).unwrap_err().to_string().contains("not a lock"));
+}
+
+#[test]
+fn ids_of_another_tokenizer_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let foreign = text(50_000, 8, 24);
+    let error =
+        run(&request(&fixture("llama2"), &dir.path().join("out"), "wanda=0.5", Some(foreign))).unwrap_err().to_string();
+    assert!(error.contains("vocabulary") && error.contains("131"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was begun");
+}
+
+#[test]
+fn factors_folded_into_norms_leave_every_logit() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids: Vec<u32> = (1..20).collect();
+    // RMS norms, layer norms with biases, matrices stored transposed, BF16, and norms with an offset, which take none.
+    for (name, folds) in [("llama2", true), ("gpt-neox", true), ("opt", true), ("llama2-bf16", true), ("gemma2", false)]
+    {
+        let (model, out) = (fixture(name), dir.path().join(name));
+        let dense = load(&model, &LoadOptions::default()).unwrap();
+        let mut choices = Choices::default();
+        Plan::places(&dense).iter().for_each(|((l, p), _)| choices.entry(*l, *p).bits = Some(UNROUNDED));
+        let request = request(&model, &out, "awq=2:group=0", Some(text(32, 8, 24)));
+        super::run(&request, Some(Found { choices: &choices, divergence: None, asked: &request }), &mut |_| {})
+            .unwrap();
+        let folded = load(&out, &LoadOptions::default()).unwrap();
+        let changed = (0..dense.blocks.len()).any(|l| {
+            let gains = |m: &Model| [m.blocks[l].attn_norm.gain.clone(), m.blocks[l].mlp_norm.gain.clone()];
+            gains(&dense) != gains(&folded)
+        });
+        assert_eq!(changed, folds, "{name}");
+        assert_eq!(reference::logits(&dense, &ids).unwrap(), reference::logits(&folded, &ids).unwrap(), "{name}");
+    }
 }

@@ -30,15 +30,28 @@ pub struct Codes {
 }
 
 /// What the configuration says of the whole checkpoint.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scheme {
-    bits: u32,
+    /// Whether there are codes of 2, 4 and 8 bits.
+    widths: [bool; WIDTHS.len()],
 }
 
+/// Bits of codes that are read.
+const WIDTHS: [u32; 3] = [2, 4, 8];
+
 impl Scheme {
-    /// Codes of `bits` bits.
-    pub fn new(bits: u32) -> Self {
-        Self { bits }
+    /// Codes of any of these bits.
+    pub fn new(bits: impl IntoIterator<Item = u32>) -> Self {
+        let mut widths = [false; WIDTHS.len()];
+        bits.into_iter().for_each(|b| WIDTHS.iter().zip(&mut widths).for_each(|(w, on)| *on |= *w == b));
+        Self { widths }
+    }
+
+    /// The bits with which a row of `cols` codes takes `words` words; `None` if there are none, or several.
+    fn bits(self, cols: usize, words: usize) -> Option<u32> {
+        let fits = |b: u32| (cols as u64).checked_mul(u64::from(b)).map(|n| n.div_ceil(32)) == Some(words as u64);
+        let mut all = WIDTHS.into_iter().zip(self.widths).filter(|(b, on)| *on && fits(*b)).map(|(b, _)| b);
+        all.next().filter(|_| all.next().is_none())
     }
 
     /// The scheme of `quantization_config`; `None` if there is none.
@@ -61,20 +74,24 @@ impl Scheme {
             return refuse(format!("compressed-tensors format `{}`", format.chars().take(60).collect::<String>()));
         }
         let groups = config.get("config_groups").and_then(|g| g.as_object());
-        let mut all =
-            groups.into_iter().flat_map(|g| g.values()).map(|g| g.get("weights").unwrap_or(&serde_json::Value::Null));
-        let first = all.next().cloned().unwrap_or_default();
-        if all.any(|w| *w != first) {
-            return refuse("quantization_config with several kinds of weights".into());
+        let all: Vec<_> = groups.into_iter().flat_map(|g| g.values()).map(|g| g.get("weights")).collect();
+        let mut widths = Vec::new();
+        for weights in all {
+            let of = |key: &str| weights.and_then(|w| w.get(key));
+            let bits = of("num_bits").and_then(serde_json::Value::as_u64).unwrap_or(0);
+            if !matches!(bits, 2 | 4 | 8) || of("type").and_then(|t| t.as_str()) != Some("int") {
+                let shown = weights.map_or_else(|| "none".into(), ToString::to_string);
+                return refuse(format!("compressed-tensors weights other than of 2, 4 or 8 integer bits ({shown})"));
+            }
+            if of("symmetric").and_then(serde_json::Value::as_bool) != Some(true) {
+                return refuse("compressed-tensors weights with zero points".into());
+            }
+            widths.push(bits as u32);
         }
-        let bits = first.get("num_bits").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        if !matches!(bits, 2 | 4 | 8) || first.get("type").and_then(|t| t.as_str()) != Some("int") {
-            return refuse(format!("compressed-tensors weights other than of 2, 4 or 8 integer bits ({first})"));
+        if widths.is_empty() {
+            return refuse("quantization_config without a group of weights".into());
         }
-        if first.get("symmetric").and_then(serde_json::Value::as_bool) != Some(true) {
-            return refuse("compressed-tensors weights with zero points".into());
-        }
-        Ok(Some(Self { bits: bits as u32 }))
+        Ok(Some(Self::new(widths)))
     }
 }
 
@@ -114,13 +131,11 @@ pub(super) fn add(scheme: Scheme, files: &safetensors::Model, name: &str, source
     } else {
         columns(files, weight, rows).ok_or_else(|| bad("without a usable `weight_shape`".into()))?
     };
-    let bits = if whole { 8 } else { scheme.bits };
     let (scale_rows, groups) = scale.matrix_shape()?;
-    let words = (cols as u64).checked_mul(u64::from(bits)).map(|n| n.div_ceil(32));
-    let fits = whole || (entry.dtype == Dtype::I32 && words == Some(width as u64));
-    if !fits || scale_rows != rows || groups == 0 || !cols.is_multiple_of(groups) {
+    let bits = if whole { Some(8) } else { scheme.bits(cols, width).filter(|_| entry.dtype == Dtype::I32) };
+    let Some(bits) = bits.filter(|_| scale_rows == rows && groups > 0 && cols.is_multiple_of(groups)) else {
         return Err(bad(format!("{:?} codes and {:?} scales for {rows} rows of {cols}", entry.shape, scale.shape)));
-    }
+    };
     let format = match cols / groups {
         group if !group.is_multiple_of(32) => Format::F32,
         _ if bits <= 4 => Format::Q4_0,
@@ -242,6 +257,16 @@ mod tests {
         assert_eq!(decoded(Format::Q4_0, &made, 32), expected);
         let made = codes(4, false, &[0.5, 0.5]).convert(&stream, (1, 32), Format::F32).unwrap();
         assert_eq!(decoded(Format::F32, &made, 32), expected);
+    }
+
+    #[test]
+    fn the_width_of_a_row_tells_its_bits() {
+        let both = Scheme::new([4, 8]);
+        assert_eq!([8, 16, 4].map(|words| both.bits(64, words)), [Some(4), Some(8), None]);
+        assert_eq!(Scheme::new([2]).bits(33, 3), Some(2));
+        // Two codes of 2 or of 4 bits both take one word.
+        assert_eq!(Scheme::new([2, 4]).bits(2, 1), None);
+        assert_eq!(both.bits(usize::MAX, 1), None);
     }
 
     #[test]

@@ -128,16 +128,7 @@ impl Block {
 
     /// [`Block::linear`], to be changed.
     pub fn linear_mut(&mut self, proj: Proj) -> Option<&mut Linear> {
-        match (proj, &mut self.mlp) {
-            (Proj::Q, _) => Some(&mut self.q),
-            (Proj::K, _) => Some(&mut self.k),
-            (Proj::V, _) => Some(&mut self.v),
-            (Proj::O, _) => Some(&mut self.o),
-            (Proj::Gate, Mlp::Gated(g)) => Some(&mut g.gate),
-            (Proj::Up, Mlp::Gated(Gated { up, .. }) | Mlp::Plain { up, .. }) => Some(up),
-            (Proj::Down, Mlp::Gated(Gated { down, .. }) | Mlp::Plain { down, .. }) => Some(down),
-            (Proj::Gate, Mlp::Plain { .. }) | (_, Mlp::Experts { .. }) => None,
-        }
+        self.linear(proj).is_some().then(|| self.part_mut(proj, 0)).flatten()
     }
 
     /// The linear layers of a projection: one of every expert in a mixture, else what [`Block::linear`] has.

@@ -5,14 +5,10 @@
 //! Wanda code does), within each row, or within runs of a pattern. Counts are exact and masks of larger shares contain those
 //! of smaller ones. It knows nothing of the inputs: beyond about a third of a small model's weights expect real losses.
 
-use super::tools::{
-    KEEP, OF, check_finite,
-    select::{self, Scope},
-    share,
-};
+use super::tools::{KEEP, OF, check_finite, drop_lowest, select::Scope};
 use crate::common::{SPARSITY, switch};
 use lacuna_core::{
-    compress::{Changed, Compressor, Layer, Pattern, Sight},
+    compress::{Changed, Compressor, Layer, Sight},
     method::{Citation, Method, MethodError, ParamSpec, Params},
     site::Site,
 };
@@ -63,12 +59,8 @@ impl Compressor for Magnitude {
 
     fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError> {
         check_finite(layer)?;
-        let mut scores: Vec<f32> = layer.weight.iter().map(|w| w.abs()).collect();
-        select::after_earlier(&mut scores, layer.kept);
         let scope = if params.get("rows") > 0.0 { Scope::Row } else { Scope::Layer };
-        let kept = select::mask(layer, &scores, scope, Pattern::of(params), share(params, layer))?;
-        let weight = select::masked(layer.weight, &kept);
-        Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
+        drop_lowest(params, layer, layer.weight.iter().map(|w| w.abs()).collect(), scope)
     }
 }
 

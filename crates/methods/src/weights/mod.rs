@@ -1,7 +1,10 @@
 //! Methods that change stored weights, one linear layer at a time, through [`lacuna_core::compress::Compressor`].
 
+pub mod awq;
+pub mod gpfq;
 pub mod gptq;
 pub mod magnitude;
+pub mod patch;
 pub mod random;
 pub mod rtn;
 pub mod sparsegpt;

@@ -4,14 +4,10 @@
 //! than which. On a trained model it destroys quality: it is the floor for comparisons. The published code draws each weight
 //! on its own, so counts vary; here they are exact, and a mask follows from its seed alone.
 
-use super::tools::{
-    KEEP, OF, check_finite,
-    select::{self, Scope},
-    share,
-};
+use super::tools::{KEEP, OF, check_finite, drop_lowest, select::Scope};
 use crate::common::SPARSITY;
 use lacuna_core::{
-    compress::{Changed, Compressor, Layer, Pattern, Sight},
+    compress::{Changed, Compressor, Layer, Sight},
     method::{Citation, Method, MethodError, ParamSpec, Params},
     site::Site,
 };
@@ -60,11 +56,8 @@ impl Compressor for Random {
 
     fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError> {
         check_finite(layer)?;
-        let mut scores: Vec<f32> = (0..layer.weight.len() as u64).map(|i| lot(layer.seed, i)).collect();
-        select::after_earlier(&mut scores, layer.kept);
-        let kept = select::mask(layer, &scores, Scope::Layer, Pattern::of(params), share(params, layer))?;
-        let weight = select::masked(layer.weight, &kept);
-        Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
+        let lots = (0..layer.weight.len() as u64).map(|i| lot(layer.seed, i));
+        drop_lowest(params, layer, lots.collect(), Scope::Layer)
     }
 }
 

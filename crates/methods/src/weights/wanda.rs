@@ -6,14 +6,10 @@
 //! that was always zero, or a text that says nothing, leaves magnitude to decide among the zeros. Above about 60 % use
 //! `sparsegpt`, or ratios.
 
-use super::tools::{
-    KEEP, OF, check_finite, refuse,
-    select::{self, Scope},
-    share,
-};
+use super::tools::{KEEP, OF, check_finite, drop_lowest, select::Scope, wanda_scores};
 use crate::common::SPARSITY;
 use lacuna_core::{
-    compress::{Changed, Compressor, Layer, Pattern, Sight},
+    compress::{Changed, Compressor, Layer, Sight},
     method::{Citation, Method, MethodError, ParamSpec, Params},
     site::Site,
 };
@@ -62,32 +58,8 @@ impl Compressor for Wanda {
 
     fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError> {
         check_finite(layer)?;
-        let norms = norms(layer)?;
-        let n = layer.inputs;
-        let mut scores: Vec<f32> = layer.weight.iter().enumerate().map(|(i, w)| w.abs() * norms[i % n]).collect();
-        select::after_earlier(&mut scores, layer.kept);
-        let kept = select::mask(layer, &scores, Scope::Row, Pattern::of(params), share(params, layer))?;
-        let weight = select::masked(layer.weight, &kept);
-        Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
+        drop_lowest(params, layer, wanda_scores(layer)?, Scope::Row)
     }
-}
-
-/// The norm of each input over all tokens, divided by the largest; all 1 where every input was zero.
-fn norms(layer: &Layer<'_>) -> Result<Vec<f32>, MethodError> {
-    let Some(seen) = layer.seen else {
-        return refuse(layer, "nothing was seen of its inputs; give a calibration text (-f FILE)");
-    };
-    if let Some(j) = seen.squares.iter().position(|s| !s.is_finite()) {
-        return refuse(
-            layer,
-            format!("the squares of its input {j} do not add up to a finite number; the model overflows on this text"),
-        );
-    }
-    let most = seen.squares.iter().copied().fold(0.0, f64::max);
-    if most == 0.0 {
-        return Ok(vec![1.0; layer.inputs]);
-    }
-    Ok(seen.squares.iter().map(|s| (s / most).sqrt() as f32).collect())
 }
 
 #[cfg(test)]

@@ -8,8 +8,14 @@
 //!   are not smaller; one threshold on these scores for the model. A whole matrix's scale does not matter.
 //! * `global`: one threshold on magnitudes for the model; does not know that matrices have other scales.
 //!
-//! The last two were made for pruning with retraining: here no matrix loses more than [`HEADROOM`] above the target.
+//! * `loss`: by what each matrix was measured to lose at several shares ([`by_loss`]), so that the sum is smallest.
+//!
+//! `lamp` and `global` were made for pruning with retraining: no matrix loses more than [`HEADROOM`] above the target. The
+//! same limit holds for `loss`.
 
+pub mod budget;
+
+use budget::Point;
 use lacuna_core::suggest::hint;
 
 /// How a share is spread.
@@ -23,6 +29,8 @@ pub enum Ratios {
     Lamp,
     /// By magnitude.
     Global,
+    /// By measured errors.
+    Loss,
 }
 
 /// How far the share of one matrix may lie above that of the model.
@@ -48,8 +56,13 @@ impl Size {
 
 impl Ratios {
     /// All of them, by name.
-    pub const ALL: [(&str, Ratios); 4] =
-        [("uniform", Ratios::Uniform), ("erk", Ratios::Erk), ("lamp", Ratios::Lamp), ("global", Ratios::Global)];
+    pub const ALL: [(&str, Ratios); 5] = [
+        ("uniform", Ratios::Uniform),
+        ("erk", Ratios::Erk),
+        ("lamp", Ratios::Lamp),
+        ("global", Ratios::Global),
+        ("loss", Ratios::Loss),
+    ];
 
     /// The one of that name.
     ///
@@ -78,7 +91,8 @@ impl Ratios {
     /// once each, for those that look at them.
     ///
     /// # Errors
-    /// A target that cannot be reached, with the largest that can; what `weights` returns.
+    /// A target that cannot be reached, with the largest that can; what `weights` returns; `loss`, which needs more than
+    /// weights ([`by_loss`]).
     pub fn allocate<E: From<String>>(
         self,
         target: f64,
@@ -87,6 +101,7 @@ impl Ratios {
     ) -> Result<Vec<f64>, E> {
         let shares = match self {
             Self::Uniform => return Ok(vec![target; sizes.len()]),
+            Self::Loss => return Err(E::from("these ratios follow from measured errors, not from weights".into())),
             Self::Erk => erk(1.0 - target, sizes).into_iter().map(|d| 1.0 - d).collect(),
             Self::Lamp | Self::Global => {
                 let mut all = Vec::with_capacity(sizes.len());
@@ -99,6 +114,39 @@ impl Ratios {
         let cap = if self == Self::Erk { MOST } else { (target + HEADROOM).min(MOST) };
         Ok(fit(&shares, sizes, target, cap)?)
     }
+}
+
+/// Shares at which a matrix is measured for [`by_loss`] at `target`; nothing is lost at 0.
+pub fn loss_shares(target: f64) -> Vec<f64> {
+    let mut shares: Vec<f64> = [-0.3, -0.15, 0.0, HEADROOM].iter().map(|d| (target + d).min(MOST)).collect();
+    shares.retain(|s| *s > 0.0);
+    shares
+}
+
+/// The shares to drop, so that `target` of all weights go and the sum of the errors is smallest: `errors[i]` has pairs of a
+/// share and the error that matrix `i` was measured to have there, with straight lines between them and none at 0.
+///
+/// # Errors
+/// A target that cannot be reached, with the largest that can.
+pub fn by_loss(errors: &[Vec<(f64, f64)>], sizes: &[Size], target: f64) -> Result<Vec<f64>, String> {
+    let cap = (target + HEADROOM).min(MOST);
+    let curve = |(errors, size): (&Vec<(f64, f64)>, &Size)| {
+        let mut all: Vec<(f64, f64)> = errors.iter().copied().chain([(0.0, 0.0)]).collect();
+        all.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let ends = all.windows(2).find(|w| w[0].0 < cap && cap < w[1].0);
+        let cut = ends.map(|w| (cap, w[0].1 + (w[1].1 - w[0].1) * (cap - w[0].0) / (w[1].0 - w[0].0)));
+        let points = all.into_iter().filter(|p| p.0 <= cap).chain(cut);
+        points.map(|(share, error)| Point { cost: (1.0 - share) * size.count(), error }).collect::<Vec<_>>()
+    };
+    let curves: Vec<Vec<Point>> = errors.iter().zip(sizes).map(curve).collect();
+    let all: f64 = sizes.iter().map(|s| s.count()).sum();
+    let kept = budget::spread(&curves, (1.0 - target) * all).map_err(|least| {
+        format!(
+            "a sparsity of {target} cannot be reached: with no matrix above {cap:.2} the most is {:.4}",
+            1.0 - least / all
+        )
+    })?;
+    Ok(kept.iter().zip(sizes).map(|(k, s)| (1.0 - k / s.count()).clamp(0.0, 1.0)).collect())
 }
 
 /// Densities in proportion to `(outputs + inputs) / (outputs * inputs)`, none above 1, of `density` in all.
@@ -215,7 +263,7 @@ mod tests {
         let matrices: Vec<_> =
             sizes.iter().enumerate().map(|(i, s)| weights(i as u64, 1.0 + i as f32, s.count() as usize)).collect();
         let all: f64 = sizes.iter().map(|s| s.count()).sum();
-        for (name, ratios) in Ratios::ALL {
+        for (name, ratios) in Ratios::ALL.into_iter().filter(|r| r.1 != Ratios::Loss) {
             for target in [0.0, 0.2, 0.5, 0.8] {
                 let shares = shares(ratios, target, &sizes, &matrices);
                 let total: f64 = shares.iter().zip(&sizes).map(|(s, n)| s * n.count()).sum();
@@ -242,6 +290,26 @@ mod tests {
         assert!(lamp(1.0).iter().all(|s| (s - 0.5).abs() < 0.05), "{:?}", lamp(1.0));
         let global = shares(Ratios::Global, 0.5, &sizes, &matrices(1000.0));
         assert!((global[0] - 0.65).abs() < 1e-6 && (global[1] - 0.35).abs() < 1e-6, "{global:?}");
+    }
+
+    /// Matrices whose errors are `a s^2`: at the best shares the slopes `2 a s` are equal, up to the measured grid.
+    #[test]
+    fn losses_decide_within_the_cap() {
+        let sizes = [Size { outputs: 10, inputs: 10 }; 3];
+        let errors = |weights: [f64; 3]| -> Vec<Vec<(f64, f64)>> {
+            let curve = |a: f64| (1..100).map(|i| f64::from(i) / 100.0).map(|s| (s, a * s * s)).collect();
+            weights.into_iter().map(curve).collect()
+        };
+        let equal = by_loss(&errors([1.0; 3]), &sizes, 0.5).unwrap();
+        assert!(equal.iter().all(|s| (s - 0.5).abs() < 0.011), "{equal:?}");
+        let some = by_loss(&errors([1.0, 1.0, 1.25]), &sizes, 0.5).unwrap();
+        assert!((some.iter().sum::<f64>() - 1.5).abs() < 1e-9 && (some[2] - 0.4286).abs() < 0.011, "{some:?}");
+        // One that loses little stops at the cap, here between two measured shares.
+        let coarse: Vec<_> = [0.01, 1.0, 1.0].map(|a| vec![(0.3, a * 0.09), (0.6, a * 0.36), (0.9, a * 0.81)]).to_vec();
+        let capped = by_loss(&coarse, &sizes, 0.5).unwrap();
+        assert!((capped[0] - 0.65).abs() < 1e-9 && (capped.iter().sum::<f64>() - 1.5).abs() < 1e-9, "{capped:?}");
+        assert!(by_loss(&[vec![(0.2, 1.0)]], &sizes[..1], 0.5).unwrap_err().contains("the most is 0.2"));
+        assert_eq!(loss_shares(0.2).len(), 3);
     }
 
     #[test]

@@ -129,6 +129,24 @@ mod tests {
     }
 
     #[test]
+    fn singular_matrices_get_damping_or_are_refused_with_layer_and_remedy() {
+        let mut case = crate::weights::tools::testing::Case::random(50, 2, 3, 0);
+        // Two inputs that are always equal: singular, and good with the first damping.
+        case.seen.gram = Some(vec![2.0, 2.0, 0.0, 2.0, 2.0, 0.0, 0.0, 0.0, 1.0]);
+        assert!(super::factor(&case.layer()).is_ok_and(|f| f.notes.is_empty()));
+        // No Gram matrix at all, as sums that overflowed in part leave it.
+        case.seen.gram = Some(vec![1.0, 9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 1.0]);
+        let told = super::factor(&case.layer()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(
+            told.starts_with("layers.0.mlp.up: ") && told.contains("singular") && told.contains("--tokens"),
+            "{told}"
+        );
+        // Indefinite by a little: more damping, and a note.
+        case.seen.gram = Some(vec![1.0, 1.05, 0.0, 1.05, 1.0, 0.0, 0.0, 0.0, 1.0]);
+        assert!(super::factor(&case.layer()).is_ok_and(|f| f.notes[0].contains("damping of 0.1")));
+    }
+
+    #[test]
     fn what_is_not_positive_definite_has_no_factor() {
         assert!(upper(2, |i, j| if i == j { 1.0 } else { 2.0 }).is_none());
         assert!(upper(1, |_, _| f64::NAN).is_none());

@@ -10,9 +10,10 @@ pub mod sweep;
 pub mod testing;
 
 use lacuna_core::{
-    compress::Layer,
+    compress::{Changed, Layer, Pattern},
     method::{MethodError, ParamSpec, Params},
 };
+use select::Scope;
 use std::ops::Bound;
 
 /// The parameter of a pattern's runs: how many of each stay.
@@ -47,6 +48,44 @@ pub const fn bits(doc: &'static str, low: f64, default: f64) -> ParamSpec {
 /// The share to drop of a layer.
 pub fn share(params: &Params, layer: &Layer<'_>) -> f64 {
     layer.sparsity.unwrap_or_else(|| params.get("sparsity"))
+}
+
+/// Drops the entries with the lowest of `scores` (which must not be negative), as the parameters `sparsity`, `keep` and `of`
+/// say; those of an earlier step count first.
+///
+/// # Errors
+/// A pattern that does not fit.
+pub fn drop_lowest(
+    params: &Params,
+    layer: &Layer<'_>,
+    mut scores: Vec<f32>,
+    scope: Scope,
+) -> Result<Changed, MethodError> {
+    select::after_earlier(&mut scores, layer.kept);
+    let kept = select::mask(layer, &scores, scope, Pattern::of(params), share(params, layer))?;
+    let weight = select::masked(layer.weight, &kept);
+    Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
+}
+
+/// Wanda's scores: magnitude times the norm of the input over all tokens, divided by the largest norm; magnitudes where
+/// every input was zero.
+///
+/// # Errors
+/// Nothing was seen of the inputs, or their squares are not finite.
+pub fn wanda_scores(layer: &Layer<'_>) -> Result<Vec<f32>, MethodError> {
+    let Some(seen) = layer.seen else {
+        return refuse(layer, "nothing was seen of its inputs; give a calibration text (-f FILE)");
+    };
+    if let Some(j) = seen.squares.iter().position(|s| !s.is_finite()) {
+        return refuse(
+            layer,
+            format!("the squares of its input {j} do not add up to a finite number; the model overflows on this text"),
+        );
+    }
+    let most = seen.squares.iter().copied().fold(0.0, f64::max);
+    let norm = |s: &f64| if most == 0.0 { 1.0 } else { (s / most).sqrt() as f32 };
+    let norms: Vec<f32> = seen.squares.iter().map(norm).collect();
+    Ok(layer.weight.iter().enumerate().map(|(i, w)| w.abs() * norms[i % layer.inputs]).collect())
 }
 
 /// An error that names the layer.
