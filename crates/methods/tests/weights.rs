@@ -135,7 +135,9 @@ fn what_an_earlier_step_dropped_stays_zero() {
             assert!(late.weight.iter().zip(&after).all(|(w, k)| *k || *w == 0.0), "{what}");
             let share = after.iter().filter(|k| !**k).count() as f64 / after.len() as f64;
             let expected = if has(*then, "sparsity") { 0.5 } else { 0.3 };
-            assert!((share - expected).abs() < 0.02, "{what}: {share}");
+            // A method that drops by a share of its own adds to what was dropped.
+            let more = has(*then, "zeros") && share > expected;
+            assert!(more || (share - expected).abs() < 0.02, "{what}: {share}");
         }
     }
 }
@@ -197,7 +199,9 @@ fn what_cannot_be_done_names_the_layer() {
 fn a_matrix_that_cannot_be_factored_is_told_and_never_replaced() {
     let pool = Pool::new(1);
     for m in methods() {
-        if m.compressor().unwrap().sight(&Params::new(*m, []).unwrap()) != Sight::Gram {
+        let sight = m.compressor().unwrap().sight(&Params::new(*m, []).unwrap());
+        // These two take products with the matrix and factor nothing.
+        if sight != Sight::Gram || ["gpfq", "awq"].contains(&m.name()) {
             continue;
         }
         let mut case = Case::new(10, 3, 16);

@@ -55,7 +55,7 @@ pub fn page(report: &Report, facts: &Facts<'_>) -> String {
     );
     out += "</div>\n<h2>Bytes</h2>\n<figure>\n";
     out += &bars(report);
-    out += "<figcaption>All layers together: before (outline) and after (filled).</figcaption></figure>\n";
+    out += "<figcaption>All layers together: before (light) and after (dark).</figcaption></figure>\n";
     if !report.notes.is_empty() {
         let notes: String = report.notes.iter().map(|n| format!("<li>{}</li>\n", escape(n))).collect();
         out += &format!("<h2>Notes</h2>\n<ul class=\"notes\">\n{notes}</ul>\n");

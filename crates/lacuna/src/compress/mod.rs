@@ -210,7 +210,10 @@ fn run(request: &Request, found: Option<Found<'_>>, progress: &mut dyn FnMut(Pro
     plan.choices = match (found, work.choices()) {
         (Some(found), _) => found.choices.clone(),
         (None, Some(choices)) => choices,
-        (None, None) => work.add_choices(plan.decide(&model, &checkpoint.source, &work.spill(), progress)?)?,
+        (None, None) => {
+            let decided = plan.decide(&model, &checkpoint.source, &work.spill(), progress);
+            work.add_choices(decided.inspect_err(|_| work.discard_empty())?)?
+        }
     };
     plan.check_space(&checkpoint.source)?;
     let mut report = Report { divergence: found.and_then(|f| f.divergence), ..Report::default() };

@@ -152,6 +152,11 @@ impl Work {
         Ok((Tensors::parse(bytes)?, note))
     }
 
+    /// Removes the folder if nothing is in it.
+    pub fn discard_empty(&self) {
+        let _ = fs::remove_dir(&self.dir);
+    }
+
     /// Removes the folder.
     ///
     /// # Errors

@@ -261,6 +261,7 @@ fn bits_are_chosen_within_the_bytes() {
     };
     let told = run(&with(1000)).unwrap_err().to_string();
     assert!(told.contains("1000 bytes cannot be reached"), "{told}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left");
     let least: u64 = told.split(' ').filter_map(|w| w.parse().ok()).next_back().unwrap();
     let sum = |r: &Report| r.layers.iter().filter_map(|l| l.output_error).sum::<f64>();
     let smallest = run(&with(least)).unwrap();

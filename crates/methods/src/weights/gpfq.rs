@@ -7,7 +7,7 @@
 //! same number. Both `X` of the paper are the inputs behind compressed predecessors here.
 //!
 //! Differences: one scale for each group of columns, as all grids here have, instead of one per layer, which is too coarse for
-//! language models; columns in the order of falling norms (`order`), which the authors' sheet of results favours; the hard
+//! language models; columns in the order of falling norms (`order`), which leaves less error; the hard
 //! form puts survivors on the same grid, so that codes stay whole numbers. `soft` and `hard` give zeros along with codes: an
 //! L1 and an L0 penalty, in steps of the grid. With fewer tokens than inputs prefer `gptq`.
 
