@@ -195,6 +195,8 @@ fn a_compressed_model_runs_by_bitmaps() {
             output: output.clone(),
             steps: registry::parse(spec).unwrap(),
             ratios: Ratios::Uniform,
+            goal: None,
+            lock: None,
             calibration: Some(Calibration { windows, sha256: "of a text".into(), available: 1024 }),
             seed: 0,
             threads: 0,
