@@ -415,24 +415,34 @@ fn ids_of_another_tokenizer_are_refused() {
 
 #[test]
 fn factors_folded_into_norms_leave_every_logit() {
-    let dir = tempfile::tempdir().unwrap();
     let ids: Vec<u32> = (1..20).collect();
-    // RMS norms, layer norms with biases, matrices stored transposed, BF16, and norms with an offset, which take none.
-    for (name, folds) in [("llama2", true), ("gpt-neox", true), ("opt", true), ("llama2-bf16", true), ("gemma2", false)]
-    {
-        let (model, out) = (fixture(name), dir.path().join(name));
-        let dense = load(&model, &LoadOptions::default()).unwrap();
-        let mut choices = Choices::default();
-        Plan::places(&dense).iter().for_each(|((l, p), _)| choices.entry(*l, *p).bits = Some(UNROUNDED));
-        let request = request(&model, &out, "awq=2:group=0", Some(text(32, 8, 24)));
-        super::run(&request, Some(Found { choices: &choices, divergence: None, asked: &request }), &mut |_| {})
-            .unwrap();
-        let folded = load(&out, &LoadOptions::default()).unwrap();
-        let changed = (0..dense.blocks.len()).any(|l| {
-            let gains = |m: &Model| [m.blocks[l].attn_norm.gain.clone(), m.blocks[l].mlp_norm.gain.clone()];
-            gains(&dense) != gains(&folded)
-        });
-        assert_eq!(changed, folds, "{name}");
+    // RMS norms, layer norms with biases, F32 and BF16.
+    for name in ["llama2", "gpt-neox", "opt", "llama2-bf16"] {
+        let dense = load(&fixture(name), &LoadOptions::default()).unwrap();
+        let factors: Vec<f32> = (0..dense.spec.width).map(|j| ((j % 5) as f32 - 2.0).exp2()).collect();
+        let mut folded = dense.clone();
+        for block in &mut folded.blocks {
+            let mlp: &[Proj] = if block.linear(Proj::Gate).is_some() { &[Proj::Gate, Proj::Up] } else { &[Proj::Up] };
+            for group in [&[Proj::Q, Proj::K, Proj::V][..], mlp] {
+                assert!(fold::fits(block, group, &factors, block.q.weight.format()), "{name}");
+                fold::into(block, group, &factors);
+            }
+        }
+        assert_ne!(dense.blocks[0].mlp_norm.gain, folded.blocks[0].mlp_norm.gain, "{name}");
         assert_eq!(reference::logits(&dense, &ids).unwrap(), reference::logits(&folded, &ids).unwrap(), "{name}");
     }
+}
+
+#[test]
+fn what_awq_folds_is_written_and_leaves_every_logit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (embedded_model(dir.path()), dir.path().join("out"));
+    let dense = load(&model, &LoadOptions::default()).unwrap();
+    let mut choices = Choices::default();
+    Plan::places(&dense).iter().for_each(|((l, p), _)| choices.entry(*l, *p).bits = Some(UNROUNDED));
+    let request = request(&model, &out, "awq=3:group=32", Some(text(dense.spec.vocab as u32, 15, 64)));
+    super::run(&request, Some(Found { choices: &choices, divergence: None, asked: &request }), &mut |_| {}).unwrap();
+    let folded = load(&out, &LoadOptions::default()).unwrap();
+    let ids: Vec<u32> = (1..20).collect();
+    assert_eq!(reference::logits(&dense, &ids).unwrap(), reference::logits(&folded, &ids).unwrap());
 }

@@ -88,7 +88,7 @@ impl Compressor for Patch {
         }
         let dense = dense_tiles(&losses, &sizes, 1.0 - 2.0 * params.get("zeros"));
         let before = |i: usize| layer.kept.is_none_or(|k| k[i]);
-        kept.iter_mut().enumerate().filter(|(i, _)| dense[tile(*i)]).for_each(|(i, k)| *k = before(i));
+        kept.iter_mut().enumerate().for_each(|(i, k)| *k = (*k || dense[tile(i)]) && before(i));
         let weight = select::masked(layer.weight, &kept);
         Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
     }

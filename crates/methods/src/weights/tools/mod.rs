@@ -62,7 +62,9 @@ pub fn drop_lowest(
     scope: Scope,
 ) -> Result<Changed, MethodError> {
     select::after_earlier(&mut scores, layer.kept);
-    let kept = select::mask(layer, &scores, scope, Pattern::of(params), share(params, layer))?;
+    let mut kept = select::mask(layer, &scores, scope, Pattern::of(params), share(params, layer))?;
+    // A run may have lost more before than its pattern takes.
+    layer.kept.into_iter().for_each(|before| kept.iter_mut().zip(before).for_each(|(k, b)| *k &= b));
     let weight = select::masked(layer.weight, &kept);
     Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
 }
