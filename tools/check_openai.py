@@ -106,13 +106,15 @@ for name, choice in [("required", "required"), ("a function", {"type": "function
         r = client.chat.completions.create(**{**common, "messages": turn}, tools=[tool])
         check("the result goes back", r.choices[0].finish_reason is not None, repr(r.choices[0].message.content))
 stream = client.chat.completions.create(**{**common, "max_tokens": 80}, tools=[tool], tool_choice="required", stream=True)
-names, arguments, reason = "", "", None
+names, arguments, reason, parts = "", "", None, 0
 for chunk in stream:
     for call in chunk.choices[0].delta.tool_calls or []:
         names += call.function.name or ""
         arguments += call.function.arguments or ""
+        parts += bool(call.function.arguments)
     reason = chunk.choices[0].finish_reason or reason
 check("streamed call", names == "weather" and json.loads(arguments)["city"] in ("Paris", "Rome") and reason == "tool_calls", f"{names}({arguments})")
+check("its arguments come as they are written", parts > 2, f"{parts} deltas")
 r = client.chat.completions.create(**common, tools=[tool], tool_choice="none")
 check("tool_choice: none", not r.choices[0].message.tool_calls)
 

@@ -13,8 +13,11 @@
 //!
 //! A JSON answer that names no offered tool is text.
 
+mod stream;
+
 use crate::constraint::Form;
 use serde_json::{Map, Value, json};
+use stream::{After, Scan};
 
 /// Longest call that is held back in an answer, in bytes; a longer one is text.
 const LONGEST: usize = 1 << 20;
@@ -229,8 +232,10 @@ impl Call {
 pub enum Delta {
     /// Text for the user.
     Text(String),
-    /// A complete call.
-    Call(Call),
+    /// A call of this function begins.
+    Begin(String),
+    /// A part of the JSON of its arguments.
+    Arguments(String),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,10 +248,15 @@ enum Mode {
     Tagged,
     /// The whole answer is JSON, perhaps calls.
     Json,
+    /// In the arguments of a call, which are told as they come.
+    Arguments { tagged: bool, scan: Scan },
+    /// Behind them, where the objects and lists around the call close.
+    Closing { tagged: bool, scan: Scan },
 }
 
 /// Finds the calls in an answer that comes piece by piece. What cannot be told from the beginning of a call yet is held
-/// back.
+/// back. A call in one of the usual orders (the name, then the arguments) is told while it is written, and then stays a
+/// call, whatever follows; others are told when they are complete.
 #[derive(Debug)]
 pub struct Reader {
     names: Vec<String>,
@@ -288,6 +298,7 @@ impl Reader {
                 Some(calls) => self.emit(calls, &mut out),
                 None => text(held, &mut out),
             },
+            Mode::Arguments { .. } | Mode::Closing { .. } => {}
             // White space behind the last call belongs to nobody.
             Mode::Start | Mode::Text if self.calls > 0 && held.trim().is_empty() => {}
             Mode::Start | Mode::Text => text(held, &mut out),
@@ -297,7 +308,8 @@ impl Reader {
 
     /// One decision; false when more text is needed for the next.
     fn step(&mut self, out: &mut Vec<Delta>) -> bool {
-        match self.mode {
+        let mode = self.mode;
+        match mode {
             Mode::Start => {
                 let start = self.held.trim_start();
                 let json = start.starts_with(['{', '[']);
@@ -322,6 +334,9 @@ impl Reader {
                 text(std::mem::replace(&mut self.held, rest), out);
                 false
             }
+            Mode::Tagged | Mode::Json if self.begin(out) => true,
+            Mode::Arguments { tagged, scan } => self.arguments(tagged, scan, out),
+            Mode::Closing { tagged, scan } => self.closing(tagged, scan),
             Mode::Tagged => {
                 let Some(at) = self.held.find(CLOSE) else {
                     return self.give_up(OPEN, out);
@@ -352,6 +367,51 @@ impl Reader {
         }
     }
 
+    /// Whether what is held back begins a call of an offered function; its arguments stay held.
+    fn begin(&mut self, out: &mut Vec<Delta>) -> bool {
+        let Some(begun) = stream::begun(&self.held) else { return false };
+        if !self.names.contains(&begun.name) {
+            return false;
+        }
+        let scan = Scan::behind(begun.open);
+        self.mode = Mode::Arguments { tagged: self.mode == Mode::Tagged, scan };
+        self.held.drain(..begun.at);
+        self.calls += 1;
+        out.push(Delta::Begin(begun.name));
+        true
+    }
+
+    /// Tells the arguments that are there, without the white space between them.
+    fn arguments(&mut self, tagged: bool, mut scan: Scan, out: &mut Vec<Delta>) -> bool {
+        let (piece, rest) = scan.object(&self.held);
+        self.held.drain(..rest);
+        if !piece.is_empty() {
+            out.push(Delta::Arguments(piece));
+        }
+        let done = scan.is_done();
+        self.mode = if done { Mode::Closing { tagged, scan } } else { Mode::Arguments { tagged, scan } };
+        done
+    }
+
+    /// Skips what closes around a call, up to the next call or text.
+    fn closing(&mut self, tagged: bool, mut scan: Scan) -> bool {
+        let end = if tagged { CLOSE } else { "" };
+        let (skipped, next) = scan.rest(&self.held, end);
+        self.held.drain(..skipped);
+        self.mode = match next {
+            After::Nothing => Mode::Closing { tagged, scan },
+            After::Object if tagged => Mode::Tagged,
+            After::Object => Mode::Json,
+            After::End => {
+                self.held.drain(..end.len());
+                self.held.drain(..self.held.len() - self.held.trim_start().len());
+                Mode::Text
+            }
+            After::Words => Mode::Text,
+        };
+        next != After::Nothing
+    }
+
     /// Holds a call back only up to [`LONGEST`] bytes.
     fn give_up(&mut self, before: &str, out: &mut Vec<Delta>) -> bool {
         if self.held.len() <= LONGEST {
@@ -364,7 +424,7 @@ impl Reader {
 
     fn emit(&mut self, calls: Vec<Call>, out: &mut Vec<Delta>) {
         self.calls += calls.len();
-        out.extend(calls.into_iter().map(Delta::Call));
+        out.extend(calls.into_iter().flat_map(|c| [Delta::Begin(c.name), Delta::Arguments(c.arguments)]));
     }
 
     /// The calls of a JSON text; none if it is something else.

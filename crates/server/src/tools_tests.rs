@@ -16,7 +16,8 @@ fn read(answer: &str) -> (String, Vec<(String, String)>) {
         for delta in deltas {
             match delta {
                 Delta::Text(t) => said.push_str(&t),
-                Delta::Call(c) => calls.push((c.name, c.arguments)),
+                Delta::Begin(name) => calls.push((name, String::new())),
+                Delta::Arguments(part) => calls.last_mut().expect("a call has begun").1.push_str(&part),
             }
         }
         (said, calls)
@@ -91,6 +92,43 @@ fn what_is_no_call_is_text_unchanged() {
     ] {
         assert_eq!(read(answer), (answer.to_owned(), vec![]), "{answer}");
     }
+}
+
+#[test]
+fn arguments_are_told_as_they_are_written() {
+    let pieces = |answer: &[&str]| {
+        let mut reader = Reader::new(&tools());
+        let mut told: Vec<_> = answer.iter().map(|piece| reader.push(piece)).collect();
+        told.push(reader.finish());
+        told
+    };
+    let begin = || Delta::Begin("weather".into());
+    let part = |text: &str| vec![Delta::Arguments(text.into())];
+    for (before, behind) in [
+        ("<tool_call>\n{\"name\": \"weather\", \"arguments\": ", "}\n</tool_call>\n"),
+        ("[TOOL_CALLS] [{\"name\": \"weather\", \"arguments\": ", ", \"id\": \"a{b\"}]"),
+        ("{\"name\": \"weather\", \"parameters\": ", "}"),
+        ("{\"tool_calls\": [{\"type\": \"function\", \"function\": {\"name\": \"weather\", \"arguments\": ", "}}]}"),
+    ] {
+        let told = pieces(&[before, "{", " \"city\": ", "\"a } \\\"b", "\" , \"x\": [1", ", {}]}", behind]);
+        let want = [
+            vec![],
+            vec![begin(), part("{").remove(0)],
+            part("\"city\":"),
+            part("\"a } \\\"b"),
+            part("\",\"x\":[1"),
+            part(",{}]}"),
+            vec![],
+            vec![],
+        ];
+        assert_eq!(told, want, "{before}");
+    }
+    // An answer that is cut in its arguments is a call that is cut.
+    let cut = "{\"name\": \"weather\", \"arguments\": {\"city\": \"Pa";
+    assert_eq!(read(cut), (String::new(), vec![("weather".into(), "{\"city\":\"Pa".into())]));
+    let words = "{\"name\": \"time\", \"arguments\": {}} That is all.";
+    assert_eq!(read(words), ("That is all.".into(), vec![("time".into(), "{}".into())]));
+    assert_eq!(read("{\"name\": \"nothing\", \"arguments\": {}} x").1, []);
 }
 
 #[test]

@@ -53,7 +53,7 @@ async fn whole(state: &State, mut running: Running, mut answers: Answers) -> Res
     let choice = |(index, c): (usize, Choice)| {
         let mut message = json!({ "role": "assistant", "content": c.text });
         if !c.calls.is_empty() {
-            let calls = c.calls.iter().map(|(_, id, call)| call.to_json(id, None));
+            let calls = c.calls.iter().map(|(id, call)| call.to_json(id, None));
             message["tool_calls"] = calls.collect();
             if c.text.is_empty() {
                 message["content"] = Value::Null;
@@ -88,9 +88,12 @@ struct Choice {
     text: String,
     /// Finds calls in the text, where there is something to call.
     reader: Option<Reader>,
-    /// Calls with their places and names.
-    calls: Vec<(usize, String, Call)>,
+    /// Calls and their names.
+    calls: Vec<(String, Call)>,
+    /// Calls that have begun, those included that are more than were asked for.
     called: usize,
+    /// Parts of calls that a stream has not told yet.
+    parts: Vec<Value>,
     logprobs: Vec<Value>,
     finish: Option<&'static str>,
     lacuna: Option<Value>,
@@ -158,11 +161,22 @@ impl Choice {
         for delta in deltas {
             match delta {
                 Delta::Text(text) => self.text.push_str(&text),
-                Delta::Call(call) if self.called < most => {
-                    self.calls.push((self.called, state.id("call"), call));
+                Delta::Begin(name) => {
                     self.called += 1;
+                    if self.called <= most {
+                        let (id, call) = (state.id("call"), Call { name, arguments: String::new() });
+                        self.parts.push(call.to_json(&id, Some(self.calls.len())));
+                        self.calls.push((id, call));
+                    }
                 }
-                Delta::Call(_) => {}
+                Delta::Arguments(part) if self.called <= most => {
+                    let place = self.calls.len().saturating_sub(1);
+                    if let Some((_, call)) = self.calls.last_mut() {
+                        call.arguments.push_str(&part);
+                    }
+                    self.parts.push(json!({ "index": place, "function": { "arguments": part } }));
+                }
+                Delta::Arguments(_) => {}
             }
         }
     }
@@ -179,7 +193,7 @@ impl stream::Events for Answers {
         let choice = &mut self.choices[index];
         let (text, scores) = (std::mem::take(&mut choice.text), std::mem::take(&mut choice.logprobs));
         let (lacuna, finish) = (choice.lacuna.take(), choice.finish);
-        let calls = std::mem::take(&mut choice.calls);
+        let parts = std::mem::take(&mut choice.parts);
         let mut events = Vec::new();
         if !text.is_empty() || !scores.is_empty() || lacuna.is_some() {
             let scores = self.prepared.top.map_or(Value::Null, |_| json!({ "content": scores }));
@@ -189,13 +203,8 @@ impl stream::Events for Answers {
             }
             events.push(event);
         }
-        for (place, id, call) in calls {
-            // As clients know it: the name first, then the arguments.
-            let named = Call { arguments: String::new(), ..call.clone() }.to_json(&id, Some(place));
-            let rest = json!({ "index": place, "function": { "arguments": call.arguments } });
-            for part in [named, rest] {
-                events.push(self.chunk(index, json!({ "tool_calls": [part] }), Value::Null, None));
-            }
+        for part in parts {
+            events.push(self.chunk(index, json!({ "tool_calls": [part] }), Value::Null, None));
         }
         if let Some(finish) = finish {
             let mut event = self.chunk(index, json!({}), Value::Null, Some(finish));
