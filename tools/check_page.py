@@ -33,20 +33,15 @@ def check(name, good, shown=""):
 
 def opened(browser, scheme, size, scale=1):
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, device_scale_factor=scale,
-                                  permissions=["clipboard-read", "clipboard-write"])
+                                  permissions=["clipboard-read", "clipboard-write"],
+                                  # What a user types where the browser asks.
+                                  http_credentials={"username": "key", "password": args.key} if args.key else None)
     page = context.new_page()
     page.problems, page.outside = [], []
     page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") and "401" not in m.text else None)
     page.on("pageerror", lambda e: page.problems.append(str(e)))
     page.on("request", lambda r: None if r.url.startswith(args.url) else page.outside.append(r.url))
     page.goto(args.url)
-    if args.key:
-        page.wait_for_selector("#key[open]")
-        page.fill("#key-input", "wrong")
-        page.keyboard.press("Enter")
-        page.locator("#key-text", has_text="not accepted").wait_for()
-        page.fill("#key-input", args.key)
-        page.keyboard.press("Enter")
     page.wait_for_selector("#model-b option", state="attached")
     return page
 
