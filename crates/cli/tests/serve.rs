@@ -114,15 +114,15 @@ impl Drop for Running {
 /// A request that leaves at some moment.
 fn leave(client: Client, i: u64) {
     let mut body = greedy(&"Once upon a time. ".repeat(1 + (i % 5) as usize * 12), 100 + i as usize % 50);
-    body["stream"] = json!(i % 2 == 0);
+    body["stream"] = json!(i.is_multiple_of(2));
     body["ignore_eos"] = json!(true);
     body["n"] = json!(1 + i % 3);
-    if i % 7 == 0 {
+    if i.is_multiple_of(7) {
         body["response_format"] = json!({ "type": "json_object" });
     }
     let mut socket = client.open("POST", "/v1/completions", body.to_string().as_bytes());
     sleep(Duration::from_millis(i * 7 % 23));
-    if i % 4 == 0 {
+    if i.is_multiple_of(4) {
         let _ = socket.read(&mut [0; 200]);
     }
     let _ = socket.shutdown(Shutdown::Both);

@@ -61,7 +61,7 @@ pub struct ChatTemplate {
 /// Where a template runs.
 enum Rendering {
     /// In this process.
-    Here(Environment<'static>),
+    Here(Box<Environment<'static>>),
     /// In a process of its own.
     Apart(Arc<Worker>),
 }
@@ -102,7 +102,7 @@ impl ChatTemplate {
         }
         let mut env = environment();
         env.add_template_owned("chat", text.to_owned()).map_err(|e| error(describe(&e)))?;
-        Ok(template(Rendering::Here(env)))
+        Ok(template(Rendering::Here(Box::new(env))))
     }
 
     fn error(&self, problem: String) -> Error {

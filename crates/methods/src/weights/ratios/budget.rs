@@ -167,7 +167,7 @@ mod tests {
         assert!((costs.iter().sum::<f64>() - 13.0).abs() < 1e-12);
         // The steep part of both is taken before the flat part of either.
         assert!(costs.iter().all(|c| *c >= 5.0), "{costs:?}");
-        assert_eq!(spread(&[curve.clone()], 1.0), Err(2.0));
+        assert_eq!(spread(std::slice::from_ref(&curve), 1.0), Err(2.0));
         assert_eq!(spread(&[curve], 99.0), Ok(vec![10.0]));
     }
 }
