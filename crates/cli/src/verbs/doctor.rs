@@ -142,7 +142,8 @@ const BY_CHANNELS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format
 /// Measures the break-even share of each format with one thread and with all, and stores it for the engine; what is
 /// stored already stays unless `again`.
 fn measure_break_even(again: bool) -> Result<()> {
-    const WIDTH: usize = 4096;
+    // That of small models, whose short columns are the worst case.
+    const WIDTH: usize = 2048;
     let Some(root) = cache::root() else { return Ok(()) };
     let mut counts = vec![1, all_threads()];
     counts.dedup();

@@ -37,18 +37,19 @@ unsafe fn add_as<const UNIT: usize>(w: &Groups, x: &Operand, range: Range<usize>
     let units = y.len().div_ceil(UNIT);
     for g in range {
         let (group, quads) = x.group(g);
-        let next = x.quads_of(g + 1);
+        let number = group.number as usize;
+        let (next, next_number) = x.number(g + 1).map_or((quads, number), |n| (x.group(g + 1).1, n));
         let (scales, minima) = w.scales(group.number as usize);
         for u in 0..units {
-            let (soon, line) = if u + 1 < units { (quads, u + 1) } else { (next, 0) };
-            for row in soon.iter().flat_map(|quad| quad.rows) {
-                prefetch(w.row(row as usize).as_ptr().wrapping_add((unit + line) * LINE));
+            let (soon, number_soon, line) = if u + 1 < units { (quads, number, u + 1) } else { (next, next_number, 0) };
+            for c in soon.iter().flat_map(|quad| quad.channels) {
+                prefetch(w.codes.as_ptr().wrapping_add(w.start(c.into(), number_soon) + (unit + line) * LINE));
             }
             // The sums of each 16 bytes: one dword per output.
             let mut sums = [_mm_set1_epi32(group.bias); 32];
             for quad in quads {
                 let q = _mm256_set1_epi32(i32::from_le_bytes(quad.q.map(i8::cast_unsigned)));
-                let rows = quad.rows.map(|row| w.row(row as usize)[(unit + u) * LINE..][..LINE].as_ptr());
+                let rows = quad.channels.map(|c| w.row(c.into(), number)[(unit + u) * LINE..][..LINE].as_ptr());
                 for l in 0..4 {
                     // SAFETY: the slices have 64 bytes.
                     unsafe { multiply::<UNIT>(&mut sums, rows.map(|row| row.add(16 * l)), l, q) };

@@ -20,12 +20,12 @@ struct Rows {
 
 impl Rows {
     #[inline(always)]
-    fn new(w: &Groups, quads: &[Quad]) -> Self {
-        let (codes, bytes) = (w.codes.as_ptr(), w.row_bytes());
+    fn new(w: &Groups, group: usize, quads: &[Quad]) -> Self {
+        let codes = w.codes.as_ptr();
         let mut start = [[codes; 4]; QUADS];
         for (start, quad) in start.iter_mut().zip(quads) {
             // `wrapping_add` asks for no proof here: whoever reads there gives one.
-            *start = quad.rows.map(|row| codes.wrapping_add(row as usize * bytes));
+            *start = quad.channels.map(|c| codes.wrapping_add(w.start(c.into(), group)));
         }
         Self { start, len: quads.len().min(QUADS) }
     }
@@ -64,14 +64,16 @@ pub(super) unsafe fn add(w: &Groups, x: &Operand, range: Range<usize>, unit: usi
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 unsafe fn add_as<const SUMS: usize>(w: &Groups, x: &Operand, range: Range<usize>, unit: usize, y: &mut [f32]) {
     let units = y.len().div_ceil(SUMS * 16);
-    let mut next = Rows::new(w, x.quads_of(range.start));
+    let of = |g: usize| x.number(g).map(|number| Rows::new(w, number, x.group(g).1));
+    let mut next = of(range.start);
     for g in range {
         let (group, quads) = x.group(g);
-        let rows = std::mem::replace(&mut next, Rows::new(w, x.quads_of(g + 1)));
+        let Some(rows) = std::mem::replace(&mut next, of(g + 1)) else { return };
+        let next = next.as_ref().unwrap_or(&rows);
         let (scales, minima) = w.scales(group.number as usize);
         let ahead = (AHEAD / (LINE * 4 * rows.len.max(1))).clamp(1, units);
         for u in 0..units {
-            let (soon, line) = if u + ahead < units { (&rows, u + ahead) } else { (&next, u + ahead - units) };
+            let (soon, line) = if u + ahead < units { (&rows, u + ahead) } else { (next, u + ahead - units) };
             for rows in soon.quads() {
                 rows.iter().for_each(|row| prefetch(row.wrapping_add((unit + line) * LINE)));
             }

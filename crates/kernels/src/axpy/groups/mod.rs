@@ -7,7 +7,7 @@
 //! numbers; they are stored multiplied, rounded to f16.
 //!
 //! Layout, for `groups = inputs / 32` and outputs padded to units ([`unit`]): first `groups` rows of f16 scales, one per
-//! output (for Q4_K each followed by a row of minima); then the channels, each a row of 64 bytes per unit. Channel `c` of group `g` is row `c * groups + g`: the rows
+//! output (for Q4_K each followed by a row of minima); then the channels, each a row of 64 bytes per unit. First come the first channels of all groups, then the second ones: the rows
 //! of a group lie far apart, so that each has its own page and its own hardware prefetch stream, and the next group's
 //! follow each of them. Within 64 bytes, byte `16 l + 4 k + i` is that of output `16 k + 4 l + i`, the order in which
 //! four interleaved channels fall into whole registers; nibbles have outputs `k` below 4 in the low nibbles and those 64
@@ -33,6 +33,9 @@ pub(crate) use unpack::{unpack, unpack_values};
 pub(crate) const GROUP: usize = 32;
 /// Bytes of a channel's unit.
 const LINE: usize = 64;
+/// Bytes between the channels of one number in all groups and the next ones: whole lines, and an odd number of them, so that
+/// rows of a group fall into different sets of the caches where their distance is a power of two otherwise.
+const SKEW: usize = 3 * LINE;
 
 /// Outputs in one unit: 64 bytes of codes. `None` for formats without this form.
 pub const fn unit(format: Format) -> Option<usize> {
@@ -66,7 +69,7 @@ pub fn bytes(format: Format, outputs: usize, inputs: usize) -> Option<usize> {
     }
     let row = units.checked_mul(unit(format)?)?.checked_mul(2 * rows_of_scales(format))?;
     let scales = (inputs / GROUP).checked_mul(row)?;
-    inputs.checked_mul(units.checked_mul(LINE)?)?.checked_add(scales)
+    inputs.checked_mul(units.checked_mul(LINE)?)?.checked_add(scales)?.checked_add(GROUP * SKEW)
 }
 
 /// Bytes of one channel's codes; `None` if the format has no such form.
@@ -91,7 +94,7 @@ impl<'a> Groups<'a> {
             return None;
         }
         let units = outputs.div_ceil(unit(format)?);
-        let (scales, codes) = data.split_at(data.len() - inputs * units * LINE);
+        let (scales, codes) = data.split_at(data.len() - inputs * units * LINE - GROUP * SKEW);
         Some(Self { format, outputs, inputs, scales, codes })
     }
 
@@ -141,9 +144,15 @@ impl<'a> Groups<'a> {
         self.units() * self.unit() * 2 * rows_of_scales(self.format)
     }
 
-    /// The codes of a row.
-    fn row(&self, row: usize) -> &'a [u8] {
-        &self.codes[row * self.row_bytes()..][..self.row_bytes()]
+    /// Where the codes of channel `c` of group `g` begin.
+    #[inline(always)]
+    fn start(&self, c: usize, g: usize) -> usize {
+        (c * self.groups() + g) * self.row_bytes() + c * SKEW
+    }
+
+    /// The codes of channel `c` of group `g`.
+    fn row(&self, c: usize, g: usize) -> &'a [u8] {
+        &self.codes[self.start(c, g)..][..self.row_bytes()]
     }
 
     /// The scales of a group, and its minima, if the format has them.
@@ -178,7 +187,7 @@ pub fn pack(w: &Matrix) -> Option<Vec<u8>> {
                 scales[to + scale_row..][..2].copy_from_slice(&block.minimum.to_le_bytes());
             }
             for (c, code) in block.codes.into_iter().enumerate() {
-                codes[(c * groups + g) * row + at] |= code << (4 * u8::from(upper));
+                codes[(c * groups + g) * row + c * SKEW + at] |= code << (4 * u8::from(upper));
             }
         }
     }
@@ -240,8 +249,8 @@ struct Group {
 
 #[derive(Clone, Copy, Debug)]
 struct Quad {
-    /// Rows of the codes.
-    rows: [u32; 4],
+    /// Numbers of the channels in their group.
+    channels: [u8; 4],
     q: [i8; 4],
 }
 
@@ -297,11 +306,9 @@ impl Operand {
         let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
         let (first, bias) = (self.quads.len() as u32, -offset(w.format) * sum);
         self.groups.push(Group { number, first, d, bias, sum: d * sum as f32 });
-        let groups = w.groups() as u32;
-        let row = |i: u32| i % GROUP as u32 * groups + number;
         for (k, four) in index.chunks(4).enumerate() {
-            let rows = std::array::from_fn(|i| row(*four.get(i).unwrap_or(&four[0])));
-            self.quads.push(Quad { rows, q: std::array::from_fn(|i| q[4 * k + i]) });
+            let channels = std::array::from_fn(|i| (four.get(i).unwrap_or(&four[0]) % GROUP as u32) as u8);
+            self.quads.push(Quad { channels, q: std::array::from_fn(|i| q[4 * k + i]) });
         }
     }
 
@@ -321,9 +328,9 @@ impl Operand {
         (self.groups[g], &self.quads[self.groups[g].first as usize..end])
     }
 
-    /// The quads of group `g`, none after the last.
-    fn quads_of(&self, g: usize) -> &[Quad] {
-        if g < self.groups.len() { self.group(g).1 } else { &[] }
+    /// Which group is the `g`th; none after the last.
+    fn number(&self, g: usize) -> Option<usize> {
+        self.groups.get(g).map(|group| group.number as usize)
     }
 }
 

@@ -17,8 +17,8 @@ pub(super) fn add(w: &Groups, x: &Operand, range: Range<usize>, first: usize, y:
             let at = o / w.unit() * LINE + byte;
             let mut sum = group.bias;
             for quad in quads {
-                for (&row, &q) in quad.rows.iter().zip(&quad.q) {
-                    let code = w.row(row as usize)[at];
+                for (&c, &q) in quad.channels.iter().zip(&quad.q) {
+                    let code = w.row(c.into(), group.number as usize)[at];
                     let code = if w.format == Format::Q8_0 { code } else { code >> (4 * u8::from(upper)) & 15 };
                     sum += i32::from(code) * i32::from(q);
                 }

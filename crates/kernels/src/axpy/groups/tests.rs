@@ -64,7 +64,7 @@ fn codes_and_scales_are_moved_and_not_changed() {
 /// The number that is stored for output `o` of channel `i`, and its group's minimum.
 fn value(w: &Groups, o: usize, i: usize) -> (f32, f32) {
     let (byte, upper) = place(o % w.unit());
-    let code = w.row(i % GROUP * w.groups() + i / GROUP)[o / w.unit() * LINE + byte];
+    let code = w.row(i % GROUP, i / GROUP)[o / w.unit() * LINE + byte];
     let code = if w.format == Format::Q8_0 { code } else { code >> (4 * u8::from(upper)) & 15 };
     let (scales, minima) = w.scales(i / GROUP);
     let half = |from: &[u8]| f16::from_le_bytes([from[2 * o], from[2 * o + 1]]).to_f32();
@@ -156,6 +156,6 @@ fn shapes_that_have_no_such_form() {
     assert_eq!(bytes(Format::Q8_0, 32, 48), None);
     assert_eq!(bytes(Format::Q8_0, usize::MAX, 64), None);
     assert!(Groups::new(Format::Q4_0, 1, 32, &[0; 100]).is_none());
-    // 32 rows of one line and 128 scales.
-    assert_eq!(bytes(Format::Q4_0, 1, 32), Some(32 * 64 + 256));
+    // 32 rows of one line, 128 scales, and what lies between the rows.
+    assert_eq!(bytes(Format::Q4_0, 1, 32), Some(32 * 64 + 256 + 32 * 192));
 }

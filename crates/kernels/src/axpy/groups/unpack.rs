@@ -60,7 +60,7 @@ fn each(
             let live = w.unit().min(outputs.end - first);
             let mut lines = [[0; LINE]; GROUP];
             for (c, line) in lines.iter_mut().enumerate() {
-                line.copy_from_slice(&w.row(c * w.groups() + number)[first / w.unit() * LINE..][..LINE]);
+                line.copy_from_slice(&w.row(c, number)[first / w.unit() * LINE..][..LINE]);
             }
             let bytes = by_byte(isa, &lines);
             for o in 0..live {
