@@ -21,15 +21,18 @@ use std::{
 /// Kept share above which a layer runs dense, where nothing was measured (papers see 0.6 to 0.8 on CPUs).
 pub const DEFAULT_BREAK_EVEN: f32 = 0.7;
 
-/// Share of zeros from which on a bitmap is faster, where nothing was measured (AVX-512 with one thread; see
+/// Share of zeros from which on a bitmap pays, where nothing was measured (AVX-512 with one thread; see
 /// `docs/benchmarks.md`).
 const fn default_zeros(format: Format) -> f32 {
     match format {
         Format::Bf16 => 0.25,
         Format::Q8_0 => 0.35,
-        _ => 0.5,
+        _ => 0.8,
     }
 }
+
+/// How much of the dense time a bitmap may take: prefill pays for unpacking it.
+const WORTH: f64 = 0.9;
 
 /// Break-even shares by format, for one instruction set and number of threads.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -140,8 +143,8 @@ pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f3
     ((dense - (low - 0.25 * per_share)) / per_share).clamp(0.0, 1.0) as f32
 }
 
-/// Measures the share of zeros at which a product with a bitmap takes as long as the dense one, for a matrix of `outputs` by
-/// `inputs`: as [`measure`], with bitmaps of 25 % and 75 % zeros. 1 if not even the latter is faster.
+/// Measures the share of zeros at which a product with a bitmap takes nine tenths of the time of the dense one, for a matrix
+/// of `outputs` by `inputs`: as [`measure`], with bitmaps of 25 % and 75 % zeros. 1 if not even the latter is that fast.
 ///
 /// # Panics
 /// If the format has no bitmaps, or `inputs` is not a multiple of its block.
@@ -176,6 +179,7 @@ pub fn measure_zeros(pool: &Pool, format: Format, outputs: usize, inputs: usize)
         }
     }
     let [dense, low, high] = times.map(median);
+    let dense = dense * WORTH;
     let per_share = (low - high) / 0.5;
     if high >= dense || per_share <= 0.0 {
         return if low < dense { 0.25 } else { 1.0 };
