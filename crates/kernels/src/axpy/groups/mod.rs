@@ -6,7 +6,7 @@
 //! that a sum reads the scales of every group that it meets. The scales and minima of Q4_K's sub-blocks are products of two
 //! numbers; they are stored multiplied, rounded to f16.
 //!
-//! Layout, for `groups = inputs / 32` and outputs padded to units ([`unit`]): first `groups` rows of f16 scales, one per
+//! Layout, for `groups = inputs / 32` and outputs padded to units ([`unit()`]): first `groups` rows of f16 scales, one per
 //! output (for Q4_K each followed by a row of minima); then the channels, each a row of 64 bytes per unit. First come the first channels of all groups, then the second ones: the rows
 //! of a group lie far apart, so that each has its own page and its own hardware prefetch stream, and the next group's
 //! follow each of them. Within 64 bytes, byte `16 l + 4 k + i` is that of output `16 k + 4 l + i`, the order in which
@@ -329,12 +329,13 @@ impl Operand {
     }
 
     /// Which group is the `g`th; none after the last.
+    #[cfg(target_arch = "x86_64")]
     fn number(&self, g: usize) -> Option<usize> {
         self.groups.get(g).map(|group| group.number as usize)
     }
 }
 
-/// Adds the sums over the groups `range` of `x` to `y`, the outputs from `first` on (a multiple of [`unit`]).
+/// Adds the sums over the groups `range` of `x` to `y`, the outputs from `first` on (a multiple of [`unit()`]).
 pub(super) fn add(isa: Isa, w: &Groups, x: &Operand, range: Range<usize>, first: usize, y: &mut [f32]) {
     assert!(first.is_multiple_of(w.unit()) && first + y.len() <= w.outputs, "whole units from `first` on");
     match isa {
