@@ -251,6 +251,9 @@ impl serde_json::ser::Formatter for PythonJson {
     }
 }
 
+/// Longest problem that is told, in characters: `raise_exception` takes texts of any length.
+const MAX_PROBLEM: usize = 2000;
+
 /// Message of an error with its cause and line.
 fn describe(e: &minijinja::Error) -> String {
     let mut text = e.to_string();
@@ -259,6 +262,9 @@ fn describe(e: &minijinja::Error) -> String {
         text.push_str(": ");
         text.push_str(&c.to_string());
         cause = c.source();
+    }
+    if let Some((end, _)) = text.char_indices().nth(MAX_PROBLEM) {
+        text.replace_range(end.., "...");
     }
     text
 }
@@ -382,6 +388,8 @@ mod tests {
             let message = template(text).render(&turns(), true).expect_err(text).to_string();
             assert!(message.contains(wanted) && message.starts_with("x.json"), "{text}: {message}");
         }
+        let long = template("{{ raise_exception('\u{e4}' * 40000000) }}").render(&turns(), true).expect_err("raised");
+        assert!(long.to_string().len() < 3 * MAX_PROBLEM);
         let new = |text: &str| ChatTemplate::new(text, String::new(), String::new(), "x.json", None).map(|_| ());
         assert!(new("{% for %}").is_err());
         assert!(new(&" ".repeat(MAX_TEMPLATE + 1)).is_err());

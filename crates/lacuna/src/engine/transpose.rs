@@ -27,8 +27,8 @@ pub struct CopyForm {
 }
 
 impl CopyForm {
-    /// The form for a weight of `source`, and what to tell the user where it is not the same numbers.
-    pub fn of(source: Format, inputs: usize) -> (Self, Option<String>) {
+    /// The form for output-major weights of `source`, and what to tell the user where it is not the same numbers.
+    fn of(source: Format) -> (Self, Option<String>) {
         let (format, orientation) = match source {
             Format::F32 | Format::F16 | Format::Bf16 => (source, Orientation::InputMajor),
             Format::Q8_0 | Format::Q6K => (Format::Q8_0, Orientation::InputGroups),
@@ -38,7 +38,6 @@ impl CopyForm {
         if format == source {
             return (Self { format, orientation }, None);
         }
-        debug_assert!(inputs.is_multiple_of(TILE), "Q6_K has whole blocks of 256 inputs");
         let note = format!("{from} is quantised again to {} for reading by channels", format.name());
         (Self { format, orientation }, Some(note))
     }
@@ -46,7 +45,7 @@ impl CopyForm {
     /// The form for `weight`: what it is, if it can be read by channels already.
     pub fn for_weight(weight: &Weight) -> (Self, Option<String>) {
         match weight.orientation() {
-            Orientation::OutputMajor => Self::of(weight.format(), weight.inputs()),
+            Orientation::OutputMajor => Self::of(weight.format()),
             orientation => (Self { format: weight.format(), orientation }, None),
         }
     }
@@ -60,7 +59,7 @@ impl CopyForm {
     }
 }
 
-/// The copy of an output-major weight, in the form of [`CopyForm::of`].
+/// The copy of an output-major weight, in the form of [`CopyForm::for_weight`].
 ///
 /// # Panics
 /// If `weight` is not output-major.
