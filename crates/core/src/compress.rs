@@ -65,15 +65,38 @@ pub struct Codes {
     pub scales: Vec<f32>,
 }
 
+/// A matrix as codes of pairs of weights in small books.
+///
+/// A pair is two columns of one row, 16 apart inside a block of 32 columns: pair `16 b + j` is columns `32 b + j` and
+/// `32 b + 16 + j`; in a last, shorter block columns that are not there stand for nothing. A book serves the rows that
+/// name it, in one span of columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Books {
+    /// Bits of a weight, 2 to 4: a book has `4^bits` entries, a code twice as many bits.
+    pub bits: u32,
+    /// Columns that one book serves, a multiple of 32.
+    pub span: usize,
+    /// Which of the books of each span a row uses.
+    pub of_row: Vec<u16>,
+    /// `[books of a span, spans, entries, 2]`.
+    pub entries: Vec<i8>,
+    /// An entry stands for itself times `2^exponent`; `[books of a span, spans]`. BF16, F16 and F32 hold every such number.
+    pub exponents: Vec<i8>,
+    /// The entry of every pair, `[outputs, 16 * blocks of columns]`.
+    pub codes: Vec<u8>,
+}
+
 /// What became of a layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Changed {
-    /// The new `W[outputs, inputs]`; with codes, exactly what they stand for.
+    /// The new `W[outputs, inputs]`; with codes or books, exactly what they stand for.
     pub weight: Vec<f32>,
     /// Which entries are kept, if any were dropped by this step or an earlier one.
     pub kept: Option<Vec<bool>>,
     /// The weight in codes, if it was quantised.
     pub codes: Option<Codes>,
+    /// The weight in pairs and books, if it was quantised that way.
+    pub books: Option<Books>,
     /// What a user should know.
     pub notes: Vec<String>,
 }

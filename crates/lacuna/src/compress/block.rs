@@ -223,7 +223,7 @@ impl Task<'_> {
         let place = place(self.layer, proj);
         let dense = decoded(&linear.weight);
         let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
-        let mut now = Changed { weight: dense.clone(), kept: None, codes: None, notes: Vec::new() };
+        let mut now = Changed { weight: dense.clone(), kept: None, codes: None, books: None, notes: Vec::new() };
         for step in self.steps {
             let Some(step) = chosen(step, choice)? else { continue };
             let Some(compressor) = step.method.compressor() else { continue };

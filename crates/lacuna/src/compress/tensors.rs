@@ -164,7 +164,7 @@ mod tests {
     }
 
     fn changed(weight: Vec<f32>, codes: Option<Codes>) -> Changed {
-        Changed { weight, kept: None, codes, notes: vec![] }
+        Changed { weight, kept: None, codes, books: None, notes: vec![] }
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub fn drop_lowest(
     // A run may have lost more before than its pattern takes.
     layer.kept.into_iter().for_each(|before| kept.iter_mut().zip(before).for_each(|(k, b)| *k &= b));
     let weight = select::masked(layer.weight, &kept);
-    Ok(Changed { weight, kept: Some(kept), codes: None, notes: Vec::new() })
+    Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes: Vec::new() })
 }
 
 /// Wanda's scores: magnitude times the norm of the input over all tokens, divided by the largest norm; magnitudes where
