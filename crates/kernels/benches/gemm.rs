@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use lacuna_kernels::axpy::groups::{Groups, bytes};
 use lacuna_kernels::gemm::{Input, Job, Weights, run};
-use lacuna_kernels::{Format, Isa, Matrix, Pool, convert, isa};
+use lacuna_kernels::{Format, Matrix, Pool, convert, isa};
 
 /// Outputs and inputs of the linear layers of Llama-3.2-1B.
 const SHAPES: [[usize; 2]; 3] = [[8192, 2048], [2048, 8192], [2048, 2048]];
@@ -93,13 +93,13 @@ fn print_peaks() {
     let best = |f: &dyn Fn() -> f64| (0..20).map(|_| f()).fold(0f64, f64::max);
     // SAFETY (all four): the instruction set contains the instructions of the loop.
     match isa::get() {
-        Isa::Avx2 => println!("peak of one core: f32 {:.0}", best(&|| unsafe { peak::avx2() })),
-        Isa::Avx512 | Isa::Amx => {
+        lacuna_kernels::Isa::Avx2 => println!("peak of one core: f32 {:.0}", best(&|| unsafe { peak::avx2() })),
+        lacuna_kernels::Isa::Avx512 | lacuna_kernels::Isa::Amx => {
             let f32s = best(&|| unsafe { peak::avx512() });
             let bf16 = best(&|| unsafe { peak::avx512_bf16() });
             let int8 = best(&|| unsafe { peak::avx512_vnni() });
             print!("peak of one core: f32 {f32s:.0}, BF16 dot {bf16:.0}, int8 dot {int8:.0}");
-            if isa::get() == Isa::Amx {
+            if isa::get() == lacuna_kernels::Isa::Amx {
                 print!(", BF16 tiles {:.0}", best(&|| unsafe { peak::amx() }));
             }
             println!();

@@ -122,3 +122,13 @@ impl<'a> Matrix<'a> {
         &self.data[row * n..][..n]
     }
 }
+
+/// What remains of `row` after its whole groups of `BYTES`, padded with zeros.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+pub(crate) fn last_group<const BYTES: usize>(row: &[u8]) -> [u8; BYTES] {
+    let rest = row.as_chunks::<BYTES>().1;
+    let mut group = [0; BYTES];
+    group[..rest.len()].copy_from_slice(rest);
+    group
+}

@@ -27,6 +27,8 @@ pub mod gemm;
 pub mod gemv;
 pub mod isa;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod pool;
 pub mod probe;
 pub mod select;

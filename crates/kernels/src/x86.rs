@@ -1,4 +1,4 @@
-//! What the x86 decode kernels share: prefetching and the last group of a row.
+//! What the x86 decode kernels share: prefetching.
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
@@ -46,13 +46,4 @@ impl<'a, const R: usize> Ahead<'a, R> {
 pub(crate) fn prefetch(p: *const u8) {
     // SAFETY: a prefetch reads nothing and cannot fault, whatever the address.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
-}
-
-/// What remains of `row` after its whole groups of `BYTES`, padded with zeros.
-#[inline(always)]
-pub(crate) fn last_group<const BYTES: usize>(row: &[u8]) -> [u8; BYTES] {
-    let rest = row.as_chunks::<BYTES>().1;
-    let mut group = [0; BYTES];
-    group[..rest.len()].copy_from_slice(rest);
-    group
 }

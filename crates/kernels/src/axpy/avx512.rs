@@ -3,7 +3,8 @@
 
 use super::{Channels, scalar};
 use crate::Format;
-use crate::x86::{Ahead, last_group};
+use crate::format::last_group;
+use crate::x86::Ahead;
 use digits::MANY;
 use std::arch::x86_64::*;
 

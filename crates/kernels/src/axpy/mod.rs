@@ -9,6 +9,8 @@ mod avx2;
 mod avx512;
 pub mod groups;
 pub mod multi;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -378,7 +380,7 @@ impl<'a> Channels<'a> {
     }
 
     /// The channels after `done`, which no group holds: the last step's.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     fn rest(&self, done: usize) -> Range<usize> {
         let last = self.step.0 + 1 == self.step.1;
         if last { done..self.len() } else { 0..0 }
@@ -392,7 +394,7 @@ impl<'a> Channels<'a> {
 
     /// Channels `i`, `i + stretch`, `i + 2 stretch`...: far apart, because hardware prefetchers follow one stream per
     /// page and short rows that are adjacent share pages. Past the stretch it is the last group again.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[inline(always)]
     fn far<const C: usize>(&self, i: usize, stretch: usize) -> Group<'a, C> {
         let at = |k: usize| i.min(stretch - 1) + k * stretch;
@@ -401,7 +403,7 @@ impl<'a> Channels<'a> {
 }
 
 /// Channels that a kernel adds in one pass over the outputs.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 struct Group<'a, const C: usize> {
     rows: [&'a [u8]; C],
     value: [f32; C],
@@ -416,6 +418,8 @@ fn accumulate(isa: Isa, channels: &Channels, y: &mut [f32]) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::add(channels, y) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::add(channels, y),
         _ => {
             for i in channels.groups(channels.len()) {
                 scalar::add(channels.format, channels.row(i), channels.value[i], y);

@@ -33,7 +33,7 @@ fn multiply_add(w: f32, x: f32, sum: f32) -> f32 {
 }
 
 /// bf16 weights times bf16 activations, each product exact, summed in f32.
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) fn bf16_block(p: Product<'_, u16, u16>) {
     p.check();
     let outputs = p.outputs();
@@ -57,7 +57,7 @@ pub(crate) fn bf16_block(p: Product<'_, u16, u16>) {
 
 /// Codes times int8 activations: exact integer sums per group of one scale, then one fused multiply-add in f32 (and
 /// one for the offset). The SIMD kernels give the same bits.
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) fn int8_block(p: Product<'_, u8, i8>, s: super::product::Scales<'_>) {
     p.check();
     p.check_scales(&s);

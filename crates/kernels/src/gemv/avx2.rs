@@ -4,7 +4,8 @@ use super::Rows;
 use super::operand::{BLOCK, Int8, Operand};
 use super::scalar::q4k_scales;
 use crate::Format;
-use crate::x86::{Ahead, last_group};
+use crate::format::last_group;
+use crate::x86::Ahead;
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim, several at a time and far apart: hardware prefetchers follow one stream per page. The

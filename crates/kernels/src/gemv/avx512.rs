@@ -8,7 +8,8 @@ use super::operand::{Int8, Operand};
 use super::scalar::q4k_scales;
 use super::{Rows, WIDE};
 use crate::Format;
-use crate::x86::{Ahead, last_group};
+use crate::format::last_group;
+use crate::x86::Ahead;
 use half::f16;
 use std::arch::x86_64::*;
 

@@ -11,6 +11,8 @@ mod avx512;
 pub mod multi;
 #[cfg(target_arch = "x86_64")]
 mod multi512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod operand;
 mod scalar;
 #[cfg(test)]
@@ -180,6 +182,8 @@ fn compute(isa: Isa, rows: &Rows, x: &Operand, y: &mut [f32]) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::compute(rows, x, y) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::compute(rows, x, y),
         _ => {
             for (i, y) in y.iter_mut().enumerate() {
                 *y = scalar::dot(rows.w.format(), rows.get(i), x);

@@ -7,7 +7,8 @@ use super::avx512::{at256, at512, codes, floats, half, high_nibbles, lanes, pair
 use super::operand::{Int8, Operand};
 use super::scalar::q4k_scales;
 use crate::Format;
-use crate::x86::{Ahead, last_group};
+use crate::format::last_group;
+use crate::x86::Ahead;
 use std::arch::x86_64::*;
 
 /// Vectors that share an unpacked group.

@@ -1,8 +1,6 @@
-//! Lanes of NEON (4). Conversions from half precision go through scalar code: their intrinsics are not stable Rust.
+//! Lanes of NEON (4).
 
 use std::arch::aarch64::*;
-
-use half::f16;
 
 use super::Lanes;
 
@@ -37,9 +35,7 @@ impl Lanes for Neon {
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> Self {
         // SAFETY: see above.
-        let x: [f32; 4] = std::array::from_fn(|i| f16::from_bits(unsafe { p.add(i).read_unaligned() }).to_f32());
-        // SAFETY: see above.
-        unsafe { Self::load(x.as_ptr()) }
+        Self(unsafe { vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p.cast()))) })
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self, Self) {

@@ -17,6 +17,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -346,6 +348,8 @@ pub(super) fn add(isa: Isa, w: &Groups, x: &Operand, range: Range<usize>, first:
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::add(w, x, range, first / w.unit(), y) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::add(w, x, range, first / w.unit(), y),
         _ => scalar::add(w, x, range, first, y),
     }
 }
