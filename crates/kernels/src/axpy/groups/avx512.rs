@@ -1,7 +1,7 @@
 //! Sums over groups with AVX-512: four channels are interleaved to one register per 16 outputs, which one VNNI product
 //! adds.
 
-use super::{Groups, LINE, Operand, Quad};
+use super::{Group, Groups, LINE, Operand};
 use crate::Format;
 use crate::x86::prefetch;
 use std::arch::x86_64::*;
@@ -13,25 +13,30 @@ const QUADS: usize = super::GROUP / 4;
 const AHEAD: usize = 8192;
 
 /// Where the rows of a group's quads begin.
+#[derive(Clone, Copy)]
 struct Rows {
     start: [[*const u8; 4]; QUADS],
     len: usize,
 }
 
 impl Rows {
+    const NONE: Self = Self { start: [[std::ptr::null(); 4]; QUADS], len: 0 };
+
+    /// The rows of the `g`th group of `x`; none after the last.
     #[inline(always)]
-    fn new(w: &Groups, group: usize, quads: &[Quad]) -> Self {
-        let codes = w.codes.as_ptr();
-        let mut start = [[codes; 4]; QUADS];
-        for (start, quad) in start.iter_mut().zip(quads) {
+    fn set(&mut self, w: &Groups, x: &Operand, g: usize) {
+        self.len = 0;
+        let Some(number) = x.number(g) else { return };
+        for (start, quad) in self.start.iter_mut().zip(x.group(g).1) {
             // `wrapping_add` asks for no proof here: whoever reads there gives one.
-            *start = quad.channels.map(|c| codes.wrapping_add(w.start(c.into(), group)));
+            *start = quad.channels.map(|c| w.codes.as_ptr().wrapping_add(w.start(c.into(), number)));
+            self.len += 1;
         }
-        Self { start, len: quads.len().min(QUADS) }
     }
 
+    #[inline(always)]
     fn quads(&self) -> &[[*const u8; 4]] {
-        &self.start[..self.len]
+        &self.start[..self.len.min(QUADS)]
     }
 }
 
@@ -64,73 +69,66 @@ pub(super) unsafe fn add(w: &Groups, x: &Operand, range: Range<usize>, unit: usi
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
 unsafe fn add_as<const SUMS: usize>(w: &Groups, x: &Operand, range: Range<usize>, unit: usize, y: &mut [f32]) {
     let units = y.len().div_ceil(SUMS * 16);
-    let of = |g: usize| x.number(g).map(|number| Rows::new(w, number, x.group(g).1));
-    let mut next = of(range.start);
+    // This group's rows and the next one's, by turns: what is fetched is chosen by one index.
+    let mut tables = [Rows::NONE; 2];
+    tables[range.start % 2].set(w, x, range.start);
     for g in range {
         let (group, quads) = x.group(g);
-        let Some(rows) = std::mem::replace(&mut next, of(g + 1)) else { return };
-        let next = next.as_ref().unwrap_or(&rows);
+        tables[(g + 1) % 2].set(w, x, g + 1);
+        let rows = &tables[g % 2];
         let (scales, minima) = w.scales(group.number as usize);
+        let (scales, minima) = (scales.as_chunks::<32>().0, minima.as_chunks::<32>().0);
         let ahead = (AHEAD / (LINE * 4 * rows.len.max(1))).clamp(1, units);
         for u in 0..units {
-            let (soon, line) = if u + ahead < units { (&rows, u + ahead) } else { (next, u + ahead - units) };
-            for rows in soon.quads() {
-                rows.iter().for_each(|row| prefetch(row.wrapping_add((unit + line) * LINE)));
+            let (table, line) = if u + ahead < units { (g % 2, u + ahead) } else { ((g + 1) % 2, u + ahead - units) };
+            for four in tables[table].quads() {
+                four.iter().for_each(|row| prefetch(row.wrapping_add((unit + line) * LINE)));
             }
             let mut sums = [_mm512_set1_epi32(group.bias); SUMS];
-            for (rows, quad) in rows.quads().iter().zip(quads) {
+            for (four, quad) in rows.quads().iter().zip(quads) {
                 let q = _mm512_set1_epi32(i32::from_le_bytes(quad.q.map(i8::cast_unsigned)));
                 // SAFETY: the rows of `x` are rows of `w`, and have 64 bytes for each unit of the outputs.
-                unsafe { multiply(&mut sums, rows.map(|row| row.add((unit + u) * LINE)), q) };
+                unsafe { multiply(&mut sums, four.map(|row| row.add((unit + u) * LINE)), q) };
             }
-            let scales = &scales.as_chunks::<32>().0[(unit + u) * SUMS..][..SUMS];
+            let scales: &[_; SUMS] = scales[(unit + u) * SUMS..].first_chunk().expect("rows of scales are whole units");
+            let minima: Option<&[_; SUMS]> = minima.get((unit + u) * SUMS..).and_then(|m| m.first_chunk());
             let out = &mut y[u * SUMS * 16..];
-            let d = _mm512_set1_ps(group.d);
-            if let Some(out) = out.get_mut(..SUMS * 16) {
-                for ((sum, scale), out) in sums.into_iter().zip(scales).zip(out.as_chunks_mut::<16>().0) {
-                    add_scaled(sum, scale, d, out);
-                }
+            let whole: Option<&mut [_; SUMS]> = out.as_chunks_mut::<16>().0.first_chunk_mut();
+            if let Some(out) = whole {
+                finish(&group, &sums, scales, minima, out);
             } else {
-                for ((sum, scale), out) in sums.into_iter().zip(scales).zip(out.chunks_mut(16)) {
-                    let mut copy = [0.0; 16];
-                    copy[..out.len()].copy_from_slice(out);
-                    add_scaled(sum, scale, d, &mut copy);
-                    out.copy_from_slice(&copy[..out.len()]);
-                }
-            }
-            if !minima.is_empty() {
-                subtract(&minima.as_chunks::<32>().0[(unit + u) * SUMS..][..SUMS], group.sum, out);
+                let mut copy = [[0.0; 16]; SUMS];
+                copy.as_flattened_mut()[..out.len()].copy_from_slice(out);
+                finish(&group, &sums, scales, minima, &mut copy);
+                out.copy_from_slice(&copy.as_flattened()[..out.len()]);
             }
         }
     }
 }
 
-/// `out -= minimum * sum`.
+/// `out += sums * d * scales - minima * sum`. Loops by index: iterators over arrays by value keep their state in memory.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn subtract(minima: &[[u8; 32]], sum: f32, out: &mut [f32]) {
-    let sum = _mm512_set1_ps(sum);
-    for (minimum, out) in minima.iter().zip(out.chunks_mut(16)) {
-        let mask = ((1_u32 << out.len()) - 1) as u16;
-        // SAFETY: 32 bytes are read; only lanes within `out` are touched.
+fn finish<const SUMS: usize>(
+    group: &Group,
+    sums: &[__m512i; SUMS],
+    scales: &[[u8; 32]; SUMS],
+    minima: Option<&[[u8; 32]; SUMS]>,
+    out: &mut [[f32; 16]; SUMS],
+) {
+    let (d, sum) = (_mm512_set1_ps(group.d), _mm512_set1_ps(group.sum));
+    for k in 0..SUMS {
+        // SAFETY: the arrays have 32 and 64 bytes.
         unsafe {
-            let minimum = _mm512_cvtph_ps(_mm256_loadu_si256(minimum.as_ptr().cast()));
-            let y = _mm512_fnmadd_ps(sum, minimum, _mm512_maskz_loadu_ps(mask, out.as_ptr()));
-            _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, y);
+            let scale = _mm512_cvtph_ps(_mm256_loadu_si256(scales[k].as_ptr().cast()));
+            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[k]), d);
+            let mut y = _mm512_fmadd_ps(scaled, scale, _mm512_loadu_ps(out[k].as_ptr()));
+            if let Some(minima) = minima {
+                let minimum = _mm512_cvtph_ps(_mm256_loadu_si256(minima[k].as_ptr().cast()));
+                y = _mm512_fnmadd_ps(sum, minimum, y);
+            }
+            _mm512_storeu_ps(out[k].as_mut_ptr(), y);
         }
-    }
-}
-
-/// `out += sum * d * scale`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni")]
-fn add_scaled(sum: __m512i, scale: &[u8; 32], d: __m512, out: &mut [f32; 16]) {
-    // SAFETY: the arrays have 32 and 64 bytes.
-    unsafe {
-        let scale = _mm512_cvtph_ps(_mm256_loadu_si256(scale.as_ptr().cast()));
-        let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), d);
-        let sum = _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(out.as_ptr()));
-        _mm512_storeu_ps(out.as_mut_ptr(), sum);
     }
 }
 
@@ -151,7 +149,8 @@ unsafe fn multiply<const SUMS: usize>(sums: &mut [__m512i; SUMS], rows: [*const 
         _mm512_unpacklo_epi16(ab_high, cd_high),
         _mm512_unpackhi_epi16(ab_high, cd_high),
     ];
-    for (k, codes) in codes.into_iter().enumerate() {
+    for k in 0..4 {
+        let codes = codes[k];
         if SUMS == 8 {
             let low = _mm512_and_si512(codes, _mm512_set1_epi8(15));
             // Byte 7 - i of the matrix selects the bits that make result bit i: moves bits 4-7 to 0-3.
