@@ -88,6 +88,22 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Runs `f(part, claim)` for every claim in `0..claims(part)` of every part, all in one region.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub(crate) fn run_parts<P: Sync>(&self, parts: &[P], claims: fn(&P) -> usize, f: impl Fn(&P, usize) + Sync) {
+        self.run(parts.iter().map(claims).sum(), &|_, mut claim| {
+            for part in parts {
+                let own = claims(part);
+                if claim < own {
+                    return f(part, claim);
+                }
+                claim -= own;
+            }
+        });
+    }
+
     /// Runs `f(worker, chunk)` for every chunk in `0..chunks`, each exactly once, and returns when all are done.
     ///
     /// `worker` is below [`Pool::threads`]; no two chunks run at the same time under the same worker number. A call

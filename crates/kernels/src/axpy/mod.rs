@@ -109,15 +109,7 @@ fn run_parts(isa: Isa, pool: &Pool, mut parts: Vec<Part>) {
     for part in &mut parts {
         rest = part.take_scratch(rest);
     }
-    let claims = parts.iter().map(Part::claims).sum();
-    pool.run(claims, &|_, mut claim| {
-        for part in &parts {
-            if claim < part.claims() {
-                return part.run_claim(isa, claim);
-            }
-            claim -= part.claims();
-        }
-    });
+    pool.run_parts(&parts, Part::claims, |part, claim| part.run_claim(isa, claim));
     SCRATCH.set(scratch);
 }
 

@@ -135,15 +135,7 @@ fn run_parts(isa: Isa, pool: &Pool, mut parts: Vec<Part>) {
     let bytes: usize = parts.iter().map(Part::bytes).sum();
     let claim_bytes = (bytes / (CLAIMS * pool.threads())).clamp(CLAIM_BYTES.0, CLAIM_BYTES.1);
     parts.iter_mut().for_each(|part| part.cut(claim_bytes));
-    let claims = parts.iter().map(Part::claims).sum();
-    pool.run(claims, &|_, mut claim| {
-        for part in &parts {
-            if claim < part.claims() {
-                return part.run_claim(isa, claim);
-            }
-            claim -= part.claims();
-        }
-    });
+    pool.run_parts(&parts, Part::claims, |part, claim| part.run_claim(isa, claim));
 }
 
 /// The rows of one claim, in order.

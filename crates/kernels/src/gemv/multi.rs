@@ -47,15 +47,7 @@ pub fn run_on(isa: Isa, pool: &Pool, jobs: &mut [Job]) {
     let bytes: usize = jobs.iter().map(|j| j.w.rows() * j.w.row_bytes()).sum();
     let claim_bytes = (bytes / (CLAIMS * pool.threads())).clamp(CLAIM_BYTES.0, CLAIM_BYTES.1);
     let parts: Vec<_> = jobs.iter_mut().map(|job| Part::new(job, claim_bytes)).collect();
-    let claims = parts.iter().map(Part::claims).sum();
-    pool.run(claims, &|_, mut claim| {
-        for part in &parts {
-            if claim < part.claims() {
-                return part.run_claim(isa, claim);
-            }
-            claim -= part.claims();
-        }
-    });
+    pool.run_parts(&parts, Part::claims, |part, claim| part.run_claim(isa, claim));
 }
 
 /// A job cut into claims.

@@ -41,8 +41,8 @@ unsafe fn add_as<const DOT: bool, const NIBBLES: bool>(
             let sums = unsafe { sums::<DOT, NIBBLES>(w, group.number as usize, quads, unit + u, group.bias) };
             let at = (unit + u) * outputs * 2;
             let scales = scales[at..][..2 * outputs].as_chunks::<8>().0;
-            for ((sum, scale), out) in sums.into_iter().zip(scales).zip(y.chunks_mut(4)) {
-                let sum = vmulq_n_f32(vcvtq_f32_s32(sum), group.d);
+            for ((sum, scale), out) in sums.iter().zip(scales).zip(y.chunks_mut(4)) {
+                let sum = vmulq_n_f32(vcvtq_f32_s32(*sum), group.d);
                 update(out, |y| vfmaq_f32(y, sum, halves(scale)));
             }
             if !minima.is_empty() {
