@@ -198,7 +198,7 @@ fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> 
             (sparse.engine, dense, Some(plan.method), sparse.label)
         }
         None => {
-            let label = if packed.is_some() { format!("dense {}", sparse::BITMAPS) } else { "dense".to_owned() };
+            let label = packed.as_ref().map_or("dense".to_owned(), |p| format!("dense {}", p.label()));
             (dense.clone(), dense, None, label)
         }
     };

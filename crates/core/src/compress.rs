@@ -4,7 +4,10 @@
 //! A driver shows a [`Compressor`] a [`Layer`] (its weights, what was seen of its inputs, what an earlier step decided) and
 //! gets back what it [`Changed`]. Which share a layer loses may be decided outside, by a ratio mechanism.
 
-use crate::method::{MethodError, Params};
+use crate::{
+    method::{MethodError, Params},
+    site::Proj,
+};
 use lacuna_kernels::Pool;
 
 /// What a compressor must see of the vectors that enter a layer. Each includes those before it.
@@ -101,6 +104,52 @@ pub struct Changed {
     pub notes: Vec<String>,
 }
 
+/// The MLP of a block whose neurons are to be dropped whole: rows of gate and up, columns of down.
+#[derive(Clone, Copy)]
+pub struct Neurons<'a> {
+    /// What messages call it, such as `layers.3.mlp`.
+    pub place: &'a str,
+    /// Columns of gate and up, rows of down.
+    pub width: usize,
+    /// Neurons.
+    pub inner: usize,
+    /// `[inner, width]`, in a gated MLP.
+    pub gate: Option<&'a [f32]>,
+    /// `[inner, width]`.
+    pub up: &'a [f32],
+    /// `[width, inner]`.
+    pub down: &'a [f32],
+    /// What was seen of the inputs of down: at least what [`Compressor::sight`] asks for.
+    pub seen: Option<&'a Inputs>,
+    /// Neurons that stay.
+    pub keep: usize,
+    /// Threads.
+    pub pool: &'a Pool,
+}
+
+/// What became of an MLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pruned {
+    /// Which neurons stay.
+    pub kept: Vec<bool>,
+    /// The new down projection `[width, inner]`; columns of dropped neurons are zero.
+    pub down: Vec<f32>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+/// A method that drops whole neurons.
+pub trait NeuronPruner: Sync {
+    /// How many of `inner` neurons stay at a share to drop; all of them at 0.
+    fn keep(&self, params: &Params, inner: usize, share: f64) -> usize;
+
+    /// Chooses the neurons of one MLP. Equal input gives equal bits, at any number of threads.
+    ///
+    /// # Errors
+    /// As [`Compressor::compress`].
+    fn prune(&self, params: &Params, mlp: &Neurons<'_>) -> Result<Pruned, MethodError>;
+}
+
 /// Where zeros may lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
@@ -155,12 +204,34 @@ pub trait Compressor: Sync {
         Ok(None)
     }
 
-    /// Compresses one layer. Equal input gives equal bits, at any number of threads.
+    /// Whether it changes this projection; by default all.
+    fn applies(&self, proj: Proj) -> bool {
+        let _ = proj;
+        true
+    }
+
+    /// Whether errors of a block count by how much the block changes the residual stream, where bits are chosen by errors;
+    /// by default all blocks count alike.
+    fn weighs_blocks(&self) -> bool {
+        false
+    }
+
+    /// How whole neurons are dropped, for methods that do this instead of [`Compressor::compress`].
+    fn neurons(&self) -> Option<&dyn NeuronPruner> {
+        None
+    }
+
+    /// Compresses one layer. Equal input gives equal bits, at any number of threads. Methods that drop whole neurons refuse.
     ///
     /// # Errors
     /// Targets that cannot be met (with the nearest that can), weights that are not finite, a Gram matrix that cannot be
     /// factored; all name the layer.
-    fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError>;
+    fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError> {
+        let _ = params;
+        let reason =
+            "this method drops whole neurons and has no form for one matrix alone; use uniform or angular ratios";
+        Err(MethodError::Layer { place: layer.place.into(), reason: reason.into() })
+    }
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ fn transformers_computes_the_same_logits() {
     let dir = tempfile::tempdir().unwrap();
     let vocab = load(&embedded, &LoadOptions::default()).unwrap().spec.vocab;
     let tokens: Vec<u32> = (1..24).map(|i| i * 37 % vocab as u32).collect();
-    for spec in ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0"] {
+    for spec in ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0", "cfsp=0.5:multiple=8"] {
         let output = dir.path().join(spec.replace([',', '=', ':'], "-"));
         let request = Request {
             model: embedded.clone(),

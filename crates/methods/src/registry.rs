@@ -7,8 +7,8 @@ use crate::activations::{
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use crate::weights::{
-    awq::Awq, gpfq::Gpfq, gptq::Gptq, magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn,
-    sparsegpt::SparseGpt, wanda::Wanda,
+    awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, magnitude::Magnitude, patch::Patch,
+    random::Random, rtn::Rtn, sparsegpt::SparseGpt, spectral_sample::SpectralSample, wanda::Wanda,
 };
 use lacuna_core::{
     method::{Method, MethodError, Params},
@@ -45,6 +45,10 @@ pub static METHODS: &[&dyn Method] = &[
     &Gpfq,
     &Awq,
     &Patch,
+    &Cfsp,
+    &Chita,
+    &SpectralSample,
+    &Casp,
 ];
 
 /// A step with its method found and its parameters checked.

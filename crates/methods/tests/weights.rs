@@ -12,8 +12,10 @@ use lacuna_core::{
 use lacuna_kernels::Pool;
 use lacuna_methods::registry::METHODS;
 
+/// Those that change one matrix at a time.
 fn methods() -> impl Iterator<Item = &'static &'static dyn Method> {
-    METHODS.iter().filter(|m| m.site() == Site::Weights)
+    let whole = |m: &dyn Method| m.compressor().is_some_and(|c| c.neurons().is_some());
+    METHODS.iter().filter(move |m| m.site() == Site::Weights && !whole(**m))
 }
 
 fn has(m: &dyn Method, name: &str) -> bool {

@@ -238,7 +238,7 @@ fn bench_model(args: &Args, name: Option<&str>, tests: &[Test<'_>], rows: &mut V
     for count in threads {
         let load = load_args(args, count, None);
         let (dense, packed) = sparse::with_bitmaps(&load, Engine::new(model.clone(), open::options(&load)?)?)?;
-        let unplanned = packed.map_or("dense".to_owned(), |_| format!("dense {}", sparse::BITMAPS));
+        let unplanned = packed.map_or("dense".to_owned(), |p| format!("dense {}", p.label()));
         for spec in &plans {
             let spec = Some(spec.clone()).filter(|s| s != "dense");
             let load = LoadArgs { model_name: name.map(str::to_owned), ..load_args(args, count, spec) };

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use lacuna::{
     calibrate,
-    compress::{Calibration, DEFAULT_TOKENS, Goal, LayerReport, Progress, Report, Request, compress},
+    compress::{Calibration, DEFAULT_TOKENS, Goal, LayerReport, Progress, Report, Request, compress, soup},
     model::LoadOptions,
 };
 use lacuna_core::{
@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(short, long, env = "LACUNA_MODEL", conflicts_with = "place")]
     model: Option<String>,
     /// The method (see `lacuna methods`), or several, one after the other: `wanda,gptq`.
-    #[arg(long, value_name = "NAMES", env = "LACUNA_METHOD", required_unless_present = "recipe")]
+    #[arg(long, value_name = "NAMES", env = "LACUNA_METHOD", required_unless_present_any = ["recipe", "soup"])]
     method: Option<String>,
     /// Share of the weights to drop.
     #[arg(long, value_name = "SHARE", env = "LACUNA_SPARSITY")]
@@ -55,7 +55,8 @@ pub struct Args {
     /// Columns that share a scale, 0: whole rows; default: the largest of 128, 64, 32 that divides all rows.
     #[arg(long, env = "LACUNA_GROUP")]
     group: Option<u32>,
-    /// How the share is spread over layers: uniform, erk, lamp, global or loss (by measured errors).
+    /// How the share is spread over layers: uniform, erk, lamp, global, loss (by measured errors), angular (by how far blocks turn
+    /// their input) or ecoflap (by how much the loss depends on them).
     #[arg(long, env = "LACUNA_RATIOS")]
     ratios: Option<String>,
     /// The smallest error in this many bytes of weights: bits per matrix are searched, for methods that round.
@@ -68,6 +69,14 @@ pub struct Args {
     /// A recipe in TOML: model, text, ratios and methods with all their parameters.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "sparsity", "pattern", "bits", "group"], env = "LACUNA_RECIPE")]
     recipe: Option<PathBuf>,
+    /// Instead of compressing: the mean of several outputs with the same zeros (directories).
+    #[arg(
+        long,
+        value_name = "A,B,...",
+        value_delimiter = ',',
+        conflicts_with_all = ["method", "recipe", "sparsity", "pattern", "bits", "group", "ratios", "target_bytes", "max_kl", "place", "model", "file", "lock", "report"]
+    )]
+    soup: Vec<PathBuf>,
     /// The calibration text; default: that of the recipe.
     #[arg(short, long, env = "LACUNA_FILE")]
     file: Option<PathBuf>,
@@ -97,6 +106,9 @@ pub struct Args {
 /// Runs the verb.
 pub fn run(args: Args) -> Result<Outcome> {
     let start = Instant::now();
+    if !args.soup.is_empty() {
+        return stir(&args);
+    }
     let recipe = match &args.recipe {
         Some(path) => Some(Recipe::parse(&read_text(path)?, &path.display().to_string())?),
         None => None,
@@ -110,7 +122,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let steps = steps(&args, recipe.as_ref(), &place)?;
     let ratios = args.ratios.as_ref().or(recipe.as_ref().and_then(|r| r.ratios.as_ref()));
     let ratios = ratios.map_or(Ok(Ratios::Uniform), |r| Ratios::parse(r)).map_err(|e| anyhow!(e))?;
-    let measures = args.target_bytes.is_some() || args.max_kl.is_some() || ratios == Ratios::Loss;
+    let measures = args.target_bytes.is_some() || args.max_kl.is_some() || ratios.runs_model();
     let mut calibration = calibration(&args, recipe.as_ref(), &place, &steps, measures)?;
     let request = Request {
         model: model.to_path_buf(),
@@ -162,6 +174,23 @@ pub fn run(args: Args) -> Result<Outcome> {
         write_page(&report, &request, path, start)?;
     }
     write!(out, "{}", summary(&report, start))?;
+    writeln!(out, "{}", args.output.display())?;
+    Ok(Outcome::Good)
+}
+
+/// Averages several outputs.
+fn stir(args: &Args) -> Result<Outcome> {
+    let report = soup(&args.soup, &args.output)?;
+    let mut out = stdout().lock();
+    writeln!(
+        out,
+        "the mean of {} models: {} tensors, {} bytes; {} have a mask, with {} zeros",
+        args.soup.len(),
+        report.tensors,
+        report.bytes,
+        report.masked,
+        text::percent(report.zeros)
+    )?;
     writeln!(out, "{}", args.output.display())?;
     Ok(Outcome::Good)
 }

@@ -6,6 +6,7 @@ use super::{
     fold::{self, Norms},
     gram::Gather,
     hidden::Hidden,
+    neurons,
     store::Finished,
 };
 use crate::{
@@ -111,6 +112,8 @@ pub struct Task<'a> {
     pub seed: u64,
     /// Threads; 0: one per core.
     pub threads: usize,
+    /// Whether dropped neurons leave smaller matrices.
+    pub narrow: bool,
 }
 
 /// What became of a block.
@@ -118,8 +121,8 @@ pub struct Task<'a> {
 pub struct Compressed {
     /// By projection.
     pub changed: BTreeMap<Proj, Changed>,
-    /// The tensors of norms that factors of inputs were folded into.
-    pub norms: Vec<Finished>,
+    /// Other tensors that change with them: norms that factors of inputs were folded into, biases of dropped neurons.
+    pub beside: Vec<Finished>,
     /// One per projection.
     pub layers: Vec<LayerReport>,
     /// What a user should know.
@@ -127,7 +130,7 @@ pub struct Compressed {
 }
 
 impl Task<'_> {
-    fn sight(&self) -> Sight {
+    pub(super) fn sight(&self) -> Sight {
         let of = |s: &Resolved| s.method.compressor().map(|c| c.sight(&s.params));
         self.steps.iter().filter_map(of).max().unwrap_or(Sight::Nothing)
     }
@@ -138,6 +141,9 @@ impl Task<'_> {
     /// # Errors
     /// What a method says of a layer, numbers that are not finite.
     pub fn run(&self, mut hidden: Option<&mut Hidden>, done: &mut dyn FnMut(&LayerReport)) -> Result<Compressed> {
+        if let Some(step) = neurons::pruner(self.steps) {
+            return self.neurons(step, hidden, done);
+        }
         let shape = &layer_shapes(&self.model.spec)[self.layer];
         let mut block = self.model.blocks[self.layer].clone();
         let mut runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
@@ -162,7 +168,7 @@ impl Task<'_> {
             if let Some(factors) = self.factors(group, &block, here.as_ref(), runner.pool())? {
                 fold::into(&mut block, group, &factors);
                 here.iter_mut().for_each(|seen| fold::seen(seen, &factors));
-                out.norms.extend(self.norms.finished(self.layer, &block, group[0]));
+                out.beside.extend(self.norms.finished(self.layer, &block, group[0]));
             }
             for proj in group {
                 let Some(linear) = block.linear_mut(*proj) else { continue };
@@ -226,7 +232,7 @@ impl Task<'_> {
         let mut now = Changed { weight: dense.clone(), kept: None, codes: None, books: None, notes: Vec::new() };
         for step in self.steps {
             let Some(step) = chosen(step, choice)? else { continue };
-            let Some(compressor) = step.method.compressor() else { continue };
+            let Some(compressor) = step.method.compressor().filter(|c| c.applies(proj)) else { continue };
             let layer = Layer {
                 place: &place,
                 outputs,
@@ -317,7 +323,7 @@ pub fn decoded(weight: &Weight) -> Vec<f32> {
 }
 
 /// The numbers that a format holds.
-fn rounded(values: &[f32], format: Format) -> Vec<f32> {
+pub(super) fn rounded(values: &[f32], format: Format) -> Vec<f32> {
     let mut out = vec![0.0; values.len()];
     decode_run(format, &super::tensors::numbers(format, values), &mut out);
     out
@@ -332,7 +338,7 @@ fn replaced(changed: &Changed, linear: &Linear) -> Weight {
 }
 
 /// `sum s_j (a_ij - b_ij)^2 / sum s_j a_ij^2`.
-fn relative(a: &[f32], b: &[f32], squares: Option<&[f64]>, inputs: usize) -> f64 {
+pub(super) fn relative(a: &[f32], b: &[f32], squares: Option<&[f64]>, inputs: usize) -> f64 {
     let (mut lost, mut all) = (0.0, 0.0);
     for (i, (a, b)) in a.iter().zip(b).enumerate() {
         let s = squares.map_or(1.0, |s| s[i % inputs]);
@@ -347,7 +353,7 @@ const ERROR_ROWS: usize = 256;
 
 /// `||(A - B) X^T||^2 / ||A X^T||^2` by the Gram matrix, over at most 256 rows; without one, as if inputs were not
 /// correlated.
-fn output_error(pool: &Pool, seen: &Inputs, a: &[f32], b: &[f32], inputs: usize) -> f64 {
+pub(super) fn output_error(pool: &Pool, seen: &Inputs, a: &[f32], b: &[f32], inputs: usize) -> f64 {
     let Some(gram) = &seen.gram else { return relative(a, b, Some(&seen.squares), inputs) };
     let step = (a.len() / inputs).div_ceil(ERROR_ROWS).max(1);
     let rows = |x: &[f32]| x.chunks_exact(inputs).step_by(step).flatten().copied().collect::<Vec<f32>>();

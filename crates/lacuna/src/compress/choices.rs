@@ -3,6 +3,7 @@
 use super::{
     Goal, Plan, Progress, dense_bytes,
     homes::Home,
+    influence,
     measure::measure,
     tensors::{Target, block_format, stored_bits},
 };
@@ -11,7 +12,7 @@ use crate::{
     model::{Model, source::Source},
 };
 use lacuna_core::{
-    compress::Pattern,
+    compress::{Pattern, Sight},
     format::{gguf::Gguf, safetensors},
     map::LoadMode,
     site::Proj,
@@ -38,19 +39,35 @@ pub struct Choice {
     pub bits: Option<u32>,
 }
 
-/// What was decided, by the name of the projection (`layers.3.mlp.down`).
+/// What was decided.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Choices(BTreeMap<String, Choice>);
+pub struct Choices {
+    /// By the name of the projection (`layers.3.mlp.down`).
+    places: BTreeMap<String, Choice>,
+    /// What a user should know of it.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// What the model was run for before shares are spread.
+pub enum Measured {
+    /// Nothing: weights are enough.
+    Nothing,
+    /// The errors of every projection at several shares.
+    Errors(BTreeMap<String, Vec<(f64, f64)>>),
+    /// A number for every block, and what a user should know of them.
+    Blocks(Vec<f64>, Vec<String>),
+}
 
 impl Choices {
     /// What was decided for a projection.
     pub fn get(&self, layer: usize, proj: Proj) -> Choice {
-        self.0.get(&place(layer, proj)).copied().unwrap_or_default()
+        self.places.get(&place(layer, proj)).copied().unwrap_or_default()
     }
 
     /// The same, to be changed.
     pub fn entry(&mut self, layer: usize, proj: Proj) -> &mut Choice {
-        self.0.entry(place(layer, proj)).or_default()
+        self.places.entry(place(layer, proj)).or_default()
     }
 }
 
@@ -105,6 +122,21 @@ impl Plan<'_> {
         self.request.steps.iter().find(|s| s.has("sparsity"))
     }
 
+    /// The pattern of a step; anywhere, if it knows none.
+    fn pattern(step: &Resolved) -> Pattern {
+        if step.has("of") { Pattern::of(&step.params) } else { Pattern::Free }
+    }
+
+    /// Whether the step that drops a share changes `proj`.
+    fn drops(&self, proj: Proj) -> bool {
+        self.pruner().and_then(|s| s.method.compressor()).is_none_or(|c| c.applies(proj))
+    }
+
+    /// All projections that lose a share, and their sizes.
+    fn dropping(&self, model: &Model) -> Vec<((usize, Proj), Size)> {
+        Self::places(model).into_iter().filter(|((_, p), _)| self.drops(*p)).collect()
+    }
+
     /// All projections and their sizes.
     pub(super) fn places(model: &Model) -> Vec<((usize, Proj), Size)> {
         let all = (0..model.blocks.len()).flat_map(|l| Proj::ALL.into_iter().map(move |p| (l, p)));
@@ -127,24 +159,62 @@ impl Plan<'_> {
             return Ok(Choices::default());
         };
         let wrong = |problem: String| Error::Argument { name: "ratios", problem };
-        if Pattern::of(&step.params) != Pattern::Free {
+        if Self::pattern(step) != Pattern::Free {
             return Err(wrong("a pattern fixes the share of every layer; use uniform ratios, or no pattern".into()));
         }
         let target = step.params.get("sparsity");
-        if self.request.ratios == Ratios::Loss {
-            let tried = ratios::loss_shares(target);
-            let errors = self.share_errors((model, source), &tried, spill, progress)?;
-            return self.by_loss(model, &errors, target);
-        }
-        self.spread(model, target)
+        let measured = self.measured((model, source), &ratios::loss_shares(target), spill, progress)?;
+        self.spread(model, &measured, target)
+    }
+
+    /// What the ratios of the request need to be measured; errors at the shares `grid`.
+    pub(super) fn measured(
+        &self,
+        (model, source): (&Model, &Source),
+        grid: &[f64],
+        spill: &Path,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<Measured> {
+        Ok(match self.request.ratios {
+            Ratios::Loss => Measured::Errors(self.share_errors((model, source), grid, spill, progress)?),
+            Ratios::Angular => Measured::Blocks(influence::angles(self, model, spill, progress)?, Vec::new()),
+            Ratios::Ecoflap => {
+                let (scores, agreement) = influence::scores(self, model, &|p| self.drops(p), progress)?;
+                let note = format!(
+                    "ecoflap: two halves of the draws agree on the order of the blocks with a rank correlation of {agreement:.2}"
+                );
+                Measured::Blocks(scores, vec![note])
+            }
+            _ => Measured::Nothing,
+        })
     }
 
     /// Shares by the ratios of the request, for a share of the whole.
-    pub(super) fn spread(&self, model: &Model, target: f64) -> Result<Choices> {
-        if self.request.ratios == Ratios::Uniform {
-            return Ok(Choices::default());
-        }
-        let places = Self::places(model);
+    pub(super) fn spread(&self, model: &Model, measured: &Measured, target: f64) -> Result<Choices> {
+        let places = self.dropping(model);
+        let sizes: Vec<Size> = places.iter().map(|p| p.1).collect();
+        let blocks: Vec<usize> = places.iter().map(|p| p.0.0).collect();
+        let wrong = |problem| Error::Argument { name: "ratios", problem };
+        let (shares, notes) = match (self.request.ratios, measured) {
+            (Ratios::Uniform, _) => return Ok(Choices::default()),
+            (_, Measured::Errors(errors)) => (self.by_loss(&places, errors, target)?, Vec::new()),
+            (Ratios::Ecoflap, Measured::Blocks(scores, notes)) => {
+                // What the scripts have for SparseGPT and for Wanda.
+                let headroom = if self.sight() == Sight::Gram { 0.2 } else { 0.1 };
+                let shares = ratios::by_scores(scores, &blocks, &sizes, target, headroom).map_err(wrong)?;
+                (shares, notes.clone())
+            }
+            (_, Measured::Blocks(angles, notes)) => {
+                let shares = ratios::angular::shares(angles, target);
+                (ratios::by_block(&shares, &blocks, &sizes, target).map_err(wrong)?, notes.clone())
+            }
+            (_, Measured::Nothing) => (self.by_weights(model, &places, target)?, Vec::new()),
+        };
+        Ok(Choices { notes, ..shared(&places, shares) })
+    }
+
+    /// Shares by the weights alone.
+    fn by_weights(&self, model: &Model, places: &[((usize, Proj), Size)], target: f64) -> Result<Vec<f64>> {
         let sizes: Vec<Size> = places.iter().map(|p| p.1).collect();
         let weights = |i: usize| {
             let (layer, proj) = places[i].0;
@@ -153,8 +223,7 @@ impl Plan<'_> {
             )
         };
         let shares = self.request.ratios.allocate(target, &sizes, weights);
-        let shares = shares.map_err(|problem| Error::Argument { name: "ratios", problem })?;
-        Ok(shared(&places, shares))
+        shares.map_err(|problem| Error::Argument { name: "ratios", problem })
     }
 
     /// The errors of every projection at the shares `tried`.
@@ -174,19 +243,16 @@ impl Plan<'_> {
     }
 
     /// Shares by measured errors.
-    pub(super) fn by_loss(
+    fn by_loss(
         &self,
-        model: &Model,
+        places: &[((usize, Proj), Size)],
         errors: &BTreeMap<String, Vec<(f64, f64)>>,
         target: f64,
-    ) -> Result<Choices> {
-        let places = Self::places(model);
+    ) -> Result<Vec<f64>> {
         let sizes: Vec<Size> = places.iter().map(|p| p.1).collect();
         let curve = |((l, p), _): &((usize, Proj), Size)| errors.get(&place(*l, *p)).cloned().unwrap_or_default();
         let curves: Vec<_> = places.iter().map(curve).collect();
-        let shares =
-            ratios::by_loss(&curves, &sizes, target).map_err(|problem| Error::Argument { name: "ratios", problem })?;
-        Ok(shared(&places, shares))
+        ratios::by_loss(&curves, &sizes, target).map_err(|problem| Error::Argument { name: "ratios", problem })
     }
 
     /// The bits that can be had, and what each home costs and loses with them.
@@ -208,9 +274,14 @@ impl Plan<'_> {
         let bits: Vec<u32> = [2, 4, 8, UNROUNDED].into_iter().filter(able).collect();
         let tried = |layer, proj| bits.iter().map(|b| Choice { bits: Some(*b), ..choices.get(layer, proj) }).collect();
         let errors = measure(self, (model, source), spill, progress, &tried)?;
+        let by_blocks = |s: &Resolved| s.method.compressor().is_some_and(|c| c.weighs_blocks());
+        let influence = match self.request.steps.iter().any(by_blocks) {
+            true => influence::angles(self, model, spill, progress)?,
+            false => vec![1.0; model.blocks.len()],
+        };
         let point = |layer: usize, home: &Home, i: usize| {
             let of = |parts: &(Proj, Vec<usize>)| errors.get(&place(layer, parts.0)).and_then(|e| e.get(i));
-            let error = home.parts.iter().filter_map(of).sum();
+            let error = influence[layer] * home.parts.iter().filter_map(of).sum::<f64>();
             let coded = Some(bits[i]).filter(|b| *b < UNROUNDED);
             Point { cost: self.home_bytes(source, home, coded) as f64, error }
         };
@@ -285,7 +356,7 @@ impl Plan<'_> {
                 wrong("max-kl", "the text has no part to hold out for the measurement; give a longer one")
             }
             Some(Goal::Divergence { .. }) if self.grid.is_none() => match self.pruner() {
-                Some(s) if Pattern::of(&s.params) == Pattern::Free => Ok(()),
+                Some(s) if Self::pattern(s) == Pattern::Free => Ok(()),
                 _ => wrong(
                     "max-kl",
                     "a pattern leaves nothing to search; drop it, or add a method that rounds, such as gptq",

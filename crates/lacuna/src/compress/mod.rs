@@ -11,13 +11,18 @@ mod fold;
 mod gram;
 mod hidden;
 mod homes;
+mod influence;
 mod lock;
 mod measure;
+mod neurons;
 mod output;
 mod search;
+mod soup;
 mod store;
 mod tensors;
 
+#[cfg(test)]
+mod pruning_tests;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +36,8 @@ use crate::{
         source::{Original, Source, Stored},
     },
 };
+#[cfg(test)]
+pub(crate) use block::decoded;
 use block::{Runner, Task};
 use choices::{Choices, UNROUNDED};
 use fold::Norms;
@@ -47,7 +54,9 @@ use lacuna_core::{
 };
 use lacuna_kernels::Format;
 use lacuna_methods::{registry::Resolved, weights::ratios::Ratios};
+use neurons::Narrowed;
 use serde::{Deserialize, Serialize};
+pub use soup::{SoupReport, soup};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -216,6 +225,7 @@ fn run(request: &Request, found: Option<Found<'_>>, progress: &mut dyn FnMut(Pro
         }
     };
     plan.check_space(&checkpoint.source)?;
+    plan.narrowed = plan.narrowed(prefix(&checkpoint.source, checkpoint.names));
     let mut report = Report { divergence: found.and_then(|f| f.divergence), ..Report::default() };
     let mut hidden = if plan.sight() == Sight::Nothing { None } else { plan.embed(&model, &work.spill())? };
     let mut blocks = Vec::new();
@@ -271,6 +281,8 @@ pub(crate) struct Plan<'a> {
     grid: Option<(u32, usize)>,
     /// What was decided for single projections.
     choices: Choices,
+    /// The shape of the output, where it is another.
+    narrowed: Option<Narrowed>,
 }
 
 impl<'a> Plan<'a> {
@@ -280,15 +292,16 @@ impl<'a> Plan<'a> {
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
         let grid = grid(&request.steps)?;
-        let plan = Self { request, target, homes, names, spec, grid, choices: Choices::default() };
+        let plan = Self { request, target, homes, names, spec, grid, choices: Choices::default(), narrowed: None };
         let coded = |t: &&Stored| matches!(t.from, Some(Original::Codes(_)));
         if checkpoint.source.tensors.values().find(coded).is_some() {
             let (what, remedy) = ("compressing a model that is quantised already", "; start from the original".into());
             return Err(Error::Unsupported { file: checkpoint.source.file.clone(), what: what.into(), remedy });
         }
+        plan.check_neurons()?;
         plan.check_text()?;
         plan.check_goal()?;
-        output::check_place(request, target)?;
+        output::check_place(&request.model, &request.output, target)?;
         if let Some(((bits, _), true)) = plan.grid.map(|g| (g, names.transposed && target == Target::HuggingFace)) {
             let what = format!("{bits}-bit codes for an architecture that stores its matrices transposed");
             let remedy = "; prune alone, or compress a GGUF file of the model".into();
@@ -307,7 +320,16 @@ impl<'a> Plan<'a> {
     fn task<'t>(&'t self, model: &'t Model, source: &'t Source, layer: usize) -> Task<'t> {
         let (steps, choices) = (&self.request.steps[..], &self.choices);
         let norms = Norms { source, names: self.names, prefix: prefix(source, self.names) };
-        Task { model, layer, steps, choices, norms, seed: self.request.seed, threads: self.request.threads }
+        let Request { seed, threads, .. } = *self.request;
+        Task { model, layer, steps, choices, norms, seed, threads, narrow: self.narrowed.is_some() }
+    }
+
+    /// Where the projections of block `layer` lie in the output, and what the output computes.
+    fn made(&self, layer: usize) -> (&[Home], &crate::model::spec::Spec) {
+        match &self.narrowed {
+            Some(narrowed) => (&narrowed.homes[layer], &narrowed.spec),
+            None => (&self.homes[layer], &self.spec),
+        }
     }
 
     /// Bits of the codes of a home, if it is rounded.
@@ -319,8 +341,10 @@ impl<'a> Plan<'a> {
 
     /// The reports of a block's projections with the bytes they have.
     fn with_bytes(&self, layer: usize, source: &Source, mut layers: Vec<LayerReport>) -> Vec<LayerReport> {
-        for home in &self.homes[layer] {
+        for (home, made) in self.homes[layer].iter().zip(self.made(layer).0) {
+            let smaller = (made.outputs * made.inputs) as f64 / (home.outputs * home.inputs).max(1) as f64;
             let (before, after) = (dense_bytes(source, home), self.home_bytes(source, home, self.bits(layer, home)));
+            let after = (after as f64 * smaller).round() as u64;
             for (proj, rows) in &home.parts {
                 let part = |bytes: u64| (bytes as f64 * rows.len() as f64 / home.outputs as f64).round() as u64;
                 let of = |l: &&mut LayerReport| l.proj == proj.name();
@@ -337,7 +361,7 @@ impl<'a> Plan<'a> {
 
     /// That there is a text where one is needed, and that it says enough.
     fn check_text(&self) -> Result<()> {
-        let sight = self.sight();
+        let sight = if self.request.ratios.needs_text() { self.sight().max(Sight::Norms) } else { self.sight() };
         let widest = self.homes.iter().flatten().map(|h| h.inputs).max().unwrap_or(0);
         let least = match sight {
             Sight::Nothing => return Ok(()),
@@ -460,8 +484,10 @@ impl<'a> Plan<'a> {
     /// The tensors that a compressed block becomes.
     fn tensors(&self, layer: usize, source: &Source, done: &block::Compressed) -> Vec<Finished> {
         let format = |h: &Home| source.tensors.get(&h.tensor).map_or(Format::F32, |t| t.format);
-        let homes = self.homes[layer].iter().flat_map(|h| finished(h, &done.changed, format(h), self.target));
-        homes.chain(done.norms.iter().cloned()).collect()
+        let changed = |h: &&Home| h.parts.iter().any(|p| done.changed.contains_key(&p.0));
+        let homes = self.made(layer).0.iter().filter(changed);
+        let homes = homes.flat_map(|h| finished(h, &done.changed, format(h), self.target));
+        homes.chain(done.beside.iter().cloned()).collect()
     }
 
     /// Runs a block with its new weights, as they were written, over all streams.
@@ -475,7 +501,7 @@ impl<'a> Plan<'a> {
     ) -> Result<()> {
         let mut overlay = self.overlay(source, layer, tensors)?;
         overlay.load(lacuna_core::map::LoadMode::Map)?;
-        let block = bind_block(&overlay, self.names, &self.spec, layer)?;
+        let block = bind_block(&overlay, self.names, self.made(layer).1, layer)?;
         let runner = Runner::new(model, layer, block, self.request.threads)?;
         for i in 0..hidden.len() {
             let x = runner.run(&hidden.get(i)?)?;
@@ -486,9 +512,9 @@ impl<'a> Plan<'a> {
 
     /// The source with the new tensors of one block in the place of its old ones.
     fn overlay(&self, source: &Source, layer: usize, tensors: &Tensors) -> Result<Source> {
-        let homes = &self.homes[layer];
+        let homes = self.made(layer).0;
         let mut all = source.tensors.clone();
-        homes.iter().for_each(|h| drop(all.remove(&h.tensor)));
+        homes.iter().filter(|h| holds(tensors, &h.tensor)).for_each(|h| drop(all.remove(&h.tensor)));
         match self.target {
             Target::HuggingFace => {
                 let files = safetensors::Model::from_files(vec![tensors.clone()])?;
@@ -502,13 +528,13 @@ impl<'a> Plan<'a> {
                     let stored = source.tensors.get(&home.tensor);
                     let format =
                         self.bits(layer, home).map_or_else(|| stored.map_or(Format::F32, |s| s.format), block_format);
-                    let shape = stored.map(|s| s.shape.clone()).unwrap_or_default();
+                    let shape = vec![home.outputs, home.inputs];
                     all.insert(home.tensor.clone(), Stored::new(format, shape, tensors.bytes(entry)?));
                 }
                 for entry in tensors.entries().iter().filter(|e| homes.iter().all(|h| h.tensor != e.name)) {
                     let Some(stored) = source.tensors.get(&entry.name) else { continue };
-                    let bytes = tensors.bytes(entry)?;
-                    all.insert(entry.name.clone(), Stored::new(stored.format, stored.shape.clone(), bytes));
+                    let (bytes, shape) = (tensors.bytes(entry)?, entry.shape.iter().map(|n| *n as usize).collect());
+                    all.insert(entry.name.clone(), Stored::new(stored.format, shape, bytes));
                 }
             }
         }
@@ -522,11 +548,25 @@ impl<'a> Plan<'a> {
         if experts {
             notes.push("experts and their router are left as they are: only the attention was compressed".into());
         }
+        notes.extend(self.choices.notes.iter().cloned());
+        if neurons::pruner(&self.request.steps).is_some() {
+            notes.push(match &self.narrowed {
+                Some(n) => format!("MLPs have {} neurons now; the model is dense and loads everywhere", n.width),
+                None => "MLPs keep their width, zeros stand for what was dropped: the file saves nothing, and lacuna leaves \
+                         dead neurons out when it starts (with uniform ratios files become smaller)"
+                    .into(),
+            });
+        }
         if self.all_homes().any(|(l, h)| matches!(self.bits(l, h), Some(3 | 5..=7))) {
             notes.push("codes of 3 bits take 4 bits in the file, those of 5 to 7 take 8".into());
         }
         notes
     }
+}
+
+/// Whether `tensors` have the tensor `name`, plain or in codes.
+fn holds(tensors: &Tensors, name: &str) -> bool {
+    tensors.get(name).is_some() || tensors.get(&format!("{name}_packed")).is_some()
 }
 
 /// Bytes of a home as it is stored now.

@@ -1,7 +1,9 @@
 //! Puts an output together beside its place and moves it there when it is whole.
 
 use super::{
-    Plan, Request, lock,
+    Plan, holds,
+    homes::Home,
+    lock,
     store::beside,
     tensors::{Target, block_format, stored_bits},
 };
@@ -35,8 +37,7 @@ pub(super) type WriteFile<'a> =
 ///
 /// # Errors
 /// It holds something else, or it is the model itself.
-pub(super) fn check_place(request: &Request, target: Target) -> Result<()> {
-    let path = &request.output;
+pub(super) fn check_place(model: &Path, path: &Path, target: Target) -> Result<()> {
     let wrong = |problem: String| Err(Error::Argument { name: "output", problem });
     let shown = path.display();
     beside(path, "new")?;
@@ -53,7 +54,7 @@ pub(super) fn check_place(request: &Request, target: Target) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let same = fs::canonicalize(path).ok() == fs::canonicalize(&request.model).ok();
+    let same = fs::canonicalize(path).ok() == fs::canonicalize(model).ok();
     let own = if gguf { lock_beside(path).exists() } else { path.join(lock::NAME).exists() };
     let empty = path.is_dir() && fs::read_dir(path).is_ok_and(|mut d| d.next().is_none());
     if same || !(own || empty) {
@@ -93,16 +94,16 @@ pub(super) fn write_through(
     }
 }
 
-fn put(file: &mut WriteFile<'_>, path: &Path, bytes: &[u8]) -> Result<()> {
+pub(super) fn put(file: &mut WriteFile<'_>, path: &Path, bytes: &[u8]) -> Result<()> {
     file(path, bytes.len() as u64, &mut |out| out.write_all(bytes))
 }
 
-fn pretty(value: &Value) -> Vec<u8> {
+pub(super) fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
 /// Removes a folder that did not become the output.
-struct Unfinished(PathBuf);
+pub(super) struct Unfinished(pub PathBuf);
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
@@ -115,13 +116,7 @@ fn directory(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut Write
     let new = Unfinished(beside(output, "lacuna-new")?);
     let _ = fs::remove_dir_all(&new.0);
     fs::create_dir_all(&new.0).map_err(Error::io(&new.0))?;
-    for entry in fs::read_dir(model).map_err(Error::io(model))? {
-        let path = entry.map_err(Error::io(model))?.path();
-        if goes_along(&path) {
-            let bytes = read_small(&path, BESIDE)?;
-            put(file, &new.0.join(path.file_name().unwrap_or_default()), &bytes)?;
-        }
-    }
+    beside_files(model, &new.0, file)?;
     put(file, &new.0.join("config.json"), &configuration(plan)?)?;
     let source = safetensors::Model::open(model, LoadMode::Map)?;
     let tensors = all_tensors(plan, &source, blocks)?;
@@ -131,6 +126,18 @@ fn directory(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut Write
     put(file, &new.0.join(lock::NAME), &pretty(lock))?;
     replace_folder(&new.0, output)?;
     Ok((before, after))
+}
+
+/// Copies what goes along with the weights, but for the configuration.
+pub(super) fn beside_files(model: &Path, to: &Path, file: &mut WriteFile<'_>) -> Result<()> {
+    for entry in fs::read_dir(model).map_err(Error::io(model))? {
+        let path = entry.map_err(Error::io(model))?.path();
+        if goes_along(&path) {
+            let bytes = read_small(&path, BESIDE)?;
+            put(file, &to.join(path.file_name().unwrap_or_default()), &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Configuration of tokenizer, generation and chat; texts for people.
@@ -147,6 +154,17 @@ fn configuration(plan: &Plan<'_>) -> Result<Vec<u8>> {
     let path = plan.request.model.join("config.json");
     let text = read_small(&path, lacuna_core::size::cap::CONFIG)?;
     let bad = |e: serde_json::Error| Error::config(&path.display().to_string(), "config.json", e.to_string());
+    if let Some(narrowed) = &plan.narrowed {
+        let mut config: Value = serde_json::from_slice(&text).map_err(bad)?;
+        let key = plan.names.inner;
+        let inside = config.get(key).is_none() && config["text_config"].get(key).is_some();
+        if inside {
+            config["text_config"][key] = json!(narrowed.width);
+        } else {
+            config[key] = json!(narrowed.width);
+        }
+        return Ok(pretty(&config));
+    }
     let Some((_, group)) = plan.grid else { return Ok(text.to_vec()) };
     let mut config: Value = serde_json::from_slice(&text).map_err(bad)?;
     // The layers of every number of bits.
@@ -187,7 +205,9 @@ type Tensor = (String, Dtype, Vec<u64>, Bytes);
 
 /// Those of the blocks in the place of the model's own, sorted by name.
 fn all_tensors(plan: &Plan<'_>, source: &safetensors::Model, blocks: &[Tensors]) -> Result<Vec<Tensor>> {
-    let replaced: BTreeSet<&str> = plan.homes.iter().flatten().map(|h| h.tensor.as_str()).collect();
+    let made = |layer: usize, home: &&Home| blocks.get(layer).is_some_and(|b| holds(b, &home.tensor));
+    let homes = plan.homes.iter().enumerate().flat_map(|(l, homes)| homes.iter().filter(move |h| made(l, h)));
+    let replaced: BTreeSet<&str> = homes.map(|h| h.tensor.as_str()).collect();
     let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
     for name in source.names().filter(|n| !replaced.contains(n)) {
         let (entry, bytes) = source.require(name)?;
@@ -251,13 +271,20 @@ fn gguf(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut WriteFile<
     for (key, value) in source.metadata().iter() {
         writer.set(key, value.clone());
     }
+    if let Some(narrowed) = &plan.narrowed {
+        let arch = source.metadata().str("general.architecture")?;
+        let key = format!("{arch}.{}", plan.names.inner);
+        writer.set(&key, lacuna_core::format::gguf::Value::U32(narrowed.width as u32));
+    }
+    let shapes = shapes(plan, blocks);
     let bits: BTreeMap<&str, Option<u32>> = plan.all_homes().map(|(l, h)| (&h.tensor[..], plan.bits(l, h))).collect();
     let (mut data, mut before, mut after) = (Vec::new(), 0, 0);
     for t in source.tensors() {
         let old = source.bytes(&t)?;
         let coded = bits.get(t.name).copied().flatten().filter(|_| new.contains_key(t.name));
         let kind = coded.map_or(t.kind, |bits| TensorType::of(block_format(bits)));
-        writer.tensor(t.name, kind, t.dims).map_err(Error::io(output))?;
+        let dims = shapes.get(t.name).map_or(t.dims, |dims| &dims[..]);
+        writer.tensor(t.name, kind, dims).map_err(Error::io(output))?;
         before += old.len() as u64;
         data.push(new.remove(t.name).unwrap_or(old));
         after += data.last().map_or(0, |d: &Bytes| d.len() as u64);
@@ -266,4 +293,19 @@ fn gguf(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut WriteFile<
     file(output, size, &mut |out| writer.write(out, |i, _, out| out.write_all(&data[i])))?;
     put(file, &lock_beside(output), &pretty(lock))?;
     Ok((before, after))
+}
+
+/// The axes, fastest first, of tensors whose shape may be another than the model's.
+fn shapes(plan: &Plan<'_>, blocks: &[Tensors]) -> BTreeMap<String, Vec<u64>> {
+    let mut all = BTreeMap::new();
+    if let Some(narrowed) = &plan.narrowed {
+        for home in narrowed.homes.iter().flatten() {
+            all.insert(home.tensor.clone(), vec![home.inputs as u64, home.outputs as u64]);
+        }
+        for entry in blocks.iter().flat_map(|b| b.entries()) {
+            // Matrices lie there as plain bytes.
+            all.entry(entry.name.clone()).or_insert_with(|| entry.shape.iter().rev().copied().collect());
+        }
+    }
+    all
 }

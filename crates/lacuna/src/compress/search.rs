@@ -5,16 +5,19 @@
 //! the share that is dropped, spread by the ratios. Both are bisected: divergence rises with what is taken away, up to noise
 //! that is far smaller than a step.
 
-use super::{Choices, Found, Plan, Progress, Report, Request, Target, choices::Curves, run, store::beside};
+use super::{
+    Choices, Found, Plan, Progress, Report, Request, Target,
+    choices::{Curves, Measured},
+    run,
+    store::beside,
+};
 use crate::{
     engine::{Engine, Options},
     error::{Error, Result},
     eval::{EngineSource, Scoring, Window, divergence},
     model::{Checkpoint, LoadOptions, Model, load, source::Source},
 };
-use lacuna_methods::weights::ratios::Ratios;
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -33,8 +36,8 @@ const GRID: [f64; 6] = [0.15, 0.3, 0.45, 0.6, 0.75, 0.9];
 enum Knob {
     /// A number of bytes; with the shares that are dropped besides.
     Bytes(Curves, Choices),
-    /// A share; with the errors that loss-based ratios go by.
-    Share(Option<BTreeMap<String, Vec<(f64, f64)>>>),
+    /// A share; with what its ratios go by.
+    Share(Measured),
 }
 
 /// Compresses as far as the divergence on `held_out` stays within `most`.
@@ -132,8 +135,7 @@ impl Plan<'_> {
             let shares = self.shares(model, source, spill, progress)?;
             return Ok(Knob::Bytes(self.curves(model, source, &shares, spill, progress)?, shares));
         }
-        let loss = self.request.ratios == Ratios::Loss;
-        Ok(Knob::Share(if loss { Some(self.share_errors((model, source), &GRID, spill, progress)?) } else { None }))
+        Ok(Knob::Share(self.measured((model, source), &GRID, spill, progress)?))
     }
 
     /// The request of one setting, and what it decides.
@@ -145,14 +147,11 @@ impl Plan<'_> {
                 self.choose_bits(curves, setting as u64, &mut choices)?;
                 Ok((next, choices))
             }
-            Knob::Share(errors) => {
+            Knob::Share(measured) => {
                 for step in next.steps.iter_mut().filter(|s| s.has("sparsity")) {
                     *step = step.with("sparsity", setting)?;
                 }
-                let choices = match errors {
-                    Some(errors) => self.by_loss(model, errors, setting)?,
-                    None => self.spread(model, setting)?,
-                };
+                let choices = self.spread(model, measured, setting)?;
                 Ok((next, choices))
             }
         }

@@ -16,18 +16,18 @@ fn embedded_model(dir: &Path) -> PathBuf {
     model
 }
 
-fn fixture(name: &str) -> PathBuf {
+pub(super) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 /// Windows of tokens below `vocab`, as if from a text.
-fn text(vocab: u32, windows: usize, length: usize) -> Calibration {
+pub(super) fn text(vocab: u32, windows: usize, length: usize) -> Calibration {
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
     let windows = (0..windows).map(|w| (0..length).map(|t| token(w * length + t + 1)).collect()).collect();
     Calibration { windows, sha256: "of a text".into(), available: 1 << 20 }
 }
 
-fn request(model: &Path, output: &Path, spec: &str, calibration: Option<Calibration>) -> Request {
+pub(super) fn request(model: &Path, output: &Path, spec: &str, calibration: Option<Calibration>) -> Request {
     Request {
         model: model.to_owned(),
         output: output.to_owned(),
@@ -42,16 +42,16 @@ fn request(model: &Path, output: &Path, spec: &str, calibration: Option<Calibrat
     }
 }
 
-fn run(request: &Request) -> Result<Report> {
+pub(super) fn run(request: &Request) -> Result<Report> {
     compress(request, &mut |_| {})
 }
 
-fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
     entries.map(|p| (p.file_name().unwrap().to_string_lossy().into_owned(), fs::read(p).unwrap())).collect()
 }
 
-fn zeros(model: &Model) -> Vec<f64> {
+pub(super) fn zeros(model: &Model) -> Vec<f64> {
     let of = |w: &lacuna_core::weight::Weight| {
         let all = decoded(w);
         all.iter().filter(|w| **w == 0.0).count() as f64 / all.len() as f64

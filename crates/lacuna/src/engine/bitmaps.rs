@@ -51,9 +51,21 @@ pub struct Packed {
     pub bytes: u64,
     /// Why others with zeros are not, for the log.
     pub notes: Vec<String>,
+    /// Neurons that were left out because nothing depends on them.
+    pub dead: usize,
 }
 
 impl Packed {
+    /// `model` without bitmaps.
+    pub(super) fn nothing(model: &Arc<Model>) -> Self {
+        Self { model: model.clone(), matrices: 0, dense_bytes: 0, bytes: 0, notes: Vec::new(), dead: 0 }
+    }
+
+    /// What a listing adds to the name of the plan.
+    pub fn label(&self) -> &'static str {
+        if self.matrices > 0 { "+bitmaps" } else { "-dead neurons" }
+    }
+
     /// One line for people.
     pub fn describe(&self) -> String {
         let share = 100.0 * self.bytes as f64 / self.dense_bytes.max(1) as f64;
@@ -155,7 +167,7 @@ pub fn pack(
             linear.weight = weight;
         }
     }
-    let packed = Packed { model: Arc::new(packed), matrices, dense_bytes, bytes, notes };
+    let packed = Packed { model: Arc::new(packed), matrices, dense_bytes, bytes, notes, dead: 0 };
     tracing::info!("{}", packed.describe());
     Some(packed)
 }

@@ -143,6 +143,16 @@ impl LayoutCache {
         Self { folder: root.map(|r| r.join("layouts").join(model)) }
     }
 
+    /// The cache of a form of the same model whose matrices have other shapes.
+    pub fn beside(&self, ending: &str) -> Self {
+        let named = |f: &PathBuf| {
+            let mut name = f.clone().into_os_string();
+            name.push(ending);
+            PathBuf::from(name)
+        };
+        Self { folder: self.folder.as_ref().map(named) }
+    }
+
     /// Copies by channels of all `wanted`, in their order: mapped from the cache where it has them, otherwise made by
     /// the threads of `pool` (one matrix each) and stored. `progress(done, all)` is called from those threads.
     ///

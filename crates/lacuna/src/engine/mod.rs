@@ -9,6 +9,7 @@ pub mod bitmaps;
 pub mod break_even;
 pub mod compile;
 mod compiled;
+mod dead;
 pub mod decoding;
 mod experts;
 mod forward;
@@ -94,8 +95,8 @@ impl Engine {
         Ok(Self { shared: Arc::new(Shared { model, original, pool, kv, blocks, prefill_chunk, plan, routers }) })
     }
 
-    /// The same model, plan and threads, with matrices as bitmaps where their zeros pay for it, and what was packed;
-    /// `None` if nowhere. [`Engine::model`] stays the model as it was loaded. `progress(done, all)` is called from the
+    /// The same model, plan and threads, without dead neurons and with matrices as bitmaps where their zeros pay for it, and
+    /// what was packed; `None` if nothing was. [`Engine::model`] stays the model as it was loaded. `progress(done, all)` is called from the
     /// threads while bitmaps are made.
     ///
     /// # Errors
@@ -109,7 +110,19 @@ impl Engine {
         if original.is_some() {
             return Ok(None);
         }
-        let Some(packed) = bitmaps::pack(model, plan.as_deref(), options, pool, progress) else { return Ok(None) };
+        let live = dead::without_dead(model, plan.as_deref());
+        let packed = match &live {
+            None => bitmaps::pack(model, plan.as_deref(), options, pool, progress),
+            Some(live) => {
+                tracing::info!("{} of {} neurons are dead and are left out", live.dropped, live.all);
+                // Their matrices have other shapes than those of the whole model.
+                let options = bitmaps::BitmapOptions { cache: options.cache.beside("-live"), ..options.clone() };
+                let packed = bitmaps::pack(&live.model, plan.as_deref(), &options, pool, progress);
+                Some(packed.unwrap_or_else(|| bitmaps::Packed::nothing(&live.model)))
+            }
+        };
+        let Some(mut packed) = packed else { return Ok(None) };
+        packed.dead = live.map_or(0, |l| l.dropped);
         let options = Options { threads: self.threads(), kv: *kv, prefill_chunk: *prefill_chunk, plan: plan.clone() };
         let engine = Self::build(packed.model.clone(), Some(model.clone()), options)?;
         Ok(Some((engine, packed)))

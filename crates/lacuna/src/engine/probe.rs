@@ -4,8 +4,9 @@
 use super::{
     Engine,
     compiled::{CompiledPlan, Counters, LayerPlan},
-    forward::{Forward, Mode, Nobody, Workspace},
+    forward::{Forward, Mode, Nobody, Workspace, head_input, sized},
     kv::{KvCache, Places},
+    session::logits,
     shared::Shared,
 };
 use crate::error::{Error, Result};
@@ -73,6 +74,23 @@ impl Probe {
     /// As there.
     pub fn observed(&mut self, layer: usize, x: &[f32], observer: &mut dyn Observer) -> Result<&[f32]> {
         self.run(layer, x, None, observer)
+    }
+
+    /// The logits `[tokens, vocab]` of what the last block leaves in the residual stream.
+    ///
+    /// # Errors
+    /// Rows that do not fit the model.
+    pub fn logits(&mut self, x: &[f32]) -> Result<Vec<f32>> {
+        let spec = &self.shared.model.spec;
+        if x.is_empty() || !x.len().is_multiple_of(spec.width) {
+            let problem = format!("{} numbers for rows of {}", x.len(), spec.width);
+            return Err(Error::Argument { name: "x", problem });
+        }
+        sized(&mut self.ws.x, x.len()).copy_from_slice(x);
+        head_input(&self.shared, &mut self.ws, &mut Nobody, None);
+        let mut out = Vec::new();
+        logits(&self.shared, &mut self.ws, x.len() / spec.width, &mut out);
+        Ok(out)
     }
 
     fn run(

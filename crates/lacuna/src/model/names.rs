@@ -77,6 +77,8 @@ pub struct Names {
     pub experts: Experts,
     /// Added to every stored gain (Gemma stores `gain - 1`).
     pub gain_offset: f32,
+    /// The setting that says how many neurons an MLP has.
+    pub inner: &'static str,
     /// Block matrices are stored `[inputs, outputs]` (GPT-2's Conv1D).
     pub transposed: bool,
     /// Every linear layer of a block must have a bias (elsewhere a bias is bound where present).
@@ -110,6 +112,7 @@ pub const LLAMA: Names = Names {
     router: "layers.{}.mlp.gate",
     experts: Experts::None,
     gain_offset: 0.0,
+    inner: "intermediate_size",
     transposed: false,
     biased: false,
     qkv_biased: false,
@@ -140,6 +143,7 @@ pub const GGUF: Names = Names {
     router: "blk.{}.ffn_gate_inp",
     experts: Experts::Stacked("blk.{}.ffn_gate_exps", "blk.{}.ffn_up_exps", "blk.{}.ffn_down_exps"),
     gain_offset: 0.0,
+    inner: "feed_forward_length",
     transposed: false,
     biased: false,
     qkv_biased: false,

@@ -25,6 +25,7 @@ pub static OPT: Architecture = Architecture {
         mlp_norm: "layers.{}.final_layer_norm",
         up: "layers.{}.fc1",
         down: "layers.{}.fc2",
+        inner: "ffn_dim",
         biased: true,
         ..names::LLAMA
     },

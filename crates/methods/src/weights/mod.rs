@@ -1,6 +1,9 @@
 //! Methods that change stored weights, one linear layer at a time, through [`lacuna_core::compress::Compressor`].
 
 pub mod awq;
+pub mod casp;
+pub mod cfsp;
+pub mod chita;
 pub mod gpfq;
 pub mod gptq;
 pub mod magnitude;
@@ -8,6 +11,7 @@ pub mod patch;
 pub mod random;
 pub mod rtn;
 pub mod sparsegpt;
+pub mod spectral_sample;
 pub mod wanda;
 
 pub mod ratios;

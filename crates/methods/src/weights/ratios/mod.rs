@@ -9,11 +9,15 @@
 //! * `global`: one threshold on magnitudes for the model; does not know that matrices have other scales.
 //!
 //! * `loss`: by what each matrix was measured to lose at several shares ([`by_loss`]), so that the sum is smallest.
+//! * [`angular`]: by how far blocks turn the residual stream; `ecoflap`: by how much the loss depends on them
+//!   ([`ecoflap`]). Both give all matrices of a block one share ([`by_block`]).
 //!
 //! `lamp` and `global` were made for pruning with retraining: no matrix loses more than [`HEADROOM`] above the target. The
 //! same limit holds for `loss`.
 
+pub mod angular;
 pub mod budget;
+pub mod ecoflap;
 
 use budget::Point;
 use lacuna_core::suggest::hint;
@@ -31,6 +35,10 @@ pub enum Ratios {
     Global,
     /// By measured errors.
     Loss,
+    /// By how far blocks turn the residual stream.
+    Angular,
+    /// By how much the loss depends on blocks.
+    Ecoflap,
 }
 
 /// How far the share of one matrix may lie above that of the model.
@@ -56,12 +64,14 @@ impl Size {
 
 impl Ratios {
     /// All of them, by name.
-    pub const ALL: [(&str, Ratios); 5] = [
+    pub const ALL: [(&str, Ratios); 7] = [
         ("uniform", Ratios::Uniform),
         ("erk", Ratios::Erk),
         ("lamp", Ratios::Lamp),
         ("global", Ratios::Global),
         ("loss", Ratios::Loss),
+        ("angular", Ratios::Angular),
+        ("ecoflap", Ratios::Ecoflap),
     ];
 
     /// The one of that name.
@@ -82,17 +92,22 @@ impl Ratios {
         Self::ALL.iter().find(|r| r.1 == self).map_or("", |r| r.0)
     }
 
-    /// Whether it looks at weights.
-    pub fn reads_weights(self) -> bool {
-        matches!(self, Self::Lamp | Self::Global)
+    /// Whether it runs the model over a text.
+    pub fn runs_model(self) -> bool {
+        matches!(self, Self::Loss | Self::Angular | Self::Ecoflap)
+    }
+
+    /// Whether it cannot do without a text.
+    pub fn needs_text(self) -> bool {
+        matches!(self, Self::Angular | Self::Ecoflap)
     }
 
     /// The share to drop of each matrix, so that `target` of all weights go. `weights(i)` gives the numbers of matrix `i`,
     /// once each, for those that look at them.
     ///
     /// # Errors
-    /// A target that cannot be reached, with the largest that can; what `weights` returns; `loss`, which needs more than
-    /// weights ([`by_loss`]).
+    /// A target that cannot be reached, with the largest that can; what `weights` returns; those that run the model, which
+    /// need more than weights ([`by_loss`], [`by_block`]).
     pub fn allocate<E: From<String>>(
         self,
         target: f64,
@@ -101,7 +116,9 @@ impl Ratios {
     ) -> Result<Vec<f64>, E> {
         let shares = match self {
             Self::Uniform => return Ok(vec![target; sizes.len()]),
-            Self::Loss => return Err(E::from("these ratios follow from measured errors, not from weights".into())),
+            Self::Loss | Self::Angular | Self::Ecoflap => {
+                return Err(E::from("these ratios follow from running the model, not from weights".into()));
+            }
             Self::Erk => erk(1.0 - target, sizes).into_iter().map(|d| 1.0 - d).collect(),
             Self::Lamp | Self::Global => {
                 let mut all = Vec::with_capacity(sizes.len());
@@ -114,6 +131,37 @@ impl Ratios {
         let cap = if self == Self::Erk { MOST } else { (target + HEADROOM).min(MOST) };
         Ok(fit(&shares, sizes, target, cap)?)
     }
+}
+
+/// The shares to drop where each block (by the number of the block of every matrix) has one share, nearest to `shares` of
+/// the blocks and `target` in all.
+///
+/// # Errors
+/// A target that cannot be reached, with the largest that can.
+pub fn by_block(shares: &[f64], blocks: &[usize], sizes: &[Size], target: f64) -> Result<Vec<f64>, String> {
+    let each: Vec<f64> = blocks.iter().map(|b| shares.get(*b).copied().unwrap_or(target)).collect();
+    fit(&each, sizes, target, MOST)
+}
+
+/// Weights of every block, and of these those that stay by ECoFLaP's rule: the shares to drop, for the score of every block.
+/// No block loses more than `headroom` above the target.
+///
+/// # Errors
+/// As [`ecoflap::allocate`].
+pub fn by_scores(
+    scores: &[f64],
+    blocks: &[usize],
+    sizes: &[Size],
+    target: f64,
+    headroom: f64,
+) -> Result<Vec<f64>, String> {
+    let mut weights = vec![0_u64; scores.len()];
+    blocks.iter().zip(sizes).for_each(|(b, s)| weights[*b] += (s.outputs * s.inputs) as u64);
+    let floor = (1.0 - target - headroom).max(1.0 - MOST);
+    let keep = (weights.iter().sum::<u64>() as f64 * (1.0 - target)).round() as u64;
+    let kept = ecoflap::allocate(scores, &weights, keep, floor)?;
+    let share = |b: &usize| 1.0 - kept[*b] as f64 / weights[*b].max(1) as f64;
+    Ok(blocks.iter().map(share).collect())
 }
 
 /// Shares at which a matrix is measured for [`by_loss`] at `target`; nothing is lost at 0.
@@ -263,7 +311,7 @@ mod tests {
         let matrices: Vec<_> =
             sizes.iter().enumerate().map(|(i, s)| weights(i as u64, 1.0 + i as f32, s.count() as usize)).collect();
         let all: f64 = sizes.iter().map(|s| s.count()).sum();
-        for (name, ratios) in Ratios::ALL.into_iter().filter(|r| r.1 != Ratios::Loss) {
+        for (name, ratios) in Ratios::ALL.into_iter().filter(|r| !r.1.runs_model()) {
             for target in [0.0, 0.2, 0.5, 0.8] {
                 let shares = shares(ratios, target, &sizes, &matrices);
                 let total: f64 = shares.iter().zip(&sizes).map(|(s, n)| s * n.count()).sum();
@@ -310,6 +358,22 @@ mod tests {
         assert!((capped[0] - 0.65).abs() < 1e-9 && (capped.iter().sum::<f64>() - 1.5).abs() < 1e-9, "{capped:?}");
         assert!(by_loss(&[vec![(0.2, 1.0)]], &sizes[..1], 0.5).unwrap_err().contains("the most is 0.2"));
         assert_eq!(loss_shares(0.2).len(), 3);
+    }
+
+    #[test]
+    fn blocks_have_one_share_and_the_whole_has_the_target() {
+        let sizes = sizes();
+        let all: f64 = sizes.iter().map(|s| s.count()).sum();
+        let total = |shares: &[f64]| shares.iter().zip(&sizes).map(|(s, n)| s * n.count()).sum::<f64>() / all;
+        for shares in [
+            by_block(&[0.3, 0.6], &[0, 0, 1, 1], &sizes, 0.5).unwrap(),
+            by_scores(&[1.0, 2.5], &[0, 0, 1, 1], &sizes, 0.5, 0.1).unwrap(),
+        ] {
+            assert!((total(&shares) - 0.5).abs() < 1e-4, "{shares:?}");
+            assert!(shares[0] == shares[1] && shares[2] == shares[3] && shares[0] != shares[2]);
+        }
+        let capped = by_scores(&[1.0, 1e9], &[0, 0, 1, 1], &sizes, 0.5, 0.1).unwrap();
+        assert!((capped[0] - 0.6).abs() < 1e-3 && capped[2] < 0.5, "{capped:?}");
     }
 
     #[test]

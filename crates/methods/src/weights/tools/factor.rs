@@ -4,19 +4,20 @@
 //! with `H = R R^T`, and `R` is the ordinary Cholesky factor of `H` with rows and columns in reverse order: one
 //! factorisation and one triangular inverse, in double precision.
 
-use super::refuse;
+use super::{DAMPING, refuse};
 use faer::{
     Mat, Par,
     dyn_stack::{MemBuffer, MemStack},
-    linalg::{cholesky::llt::factor, triangular_inverse},
+    linalg::{
+        cholesky::llt::factor,
+        triangular_inverse,
+        triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place},
+    },
 };
 use lacuna_core::{
     compress::{Inputs, Layer},
     method::MethodError,
 };
-
-/// Damping that is tried one after the other, as a share of the mean of the diagonal.
-const DAMPING: [f64; 3] = [0.01, 0.1, 1.0];
 
 /// A factored Gram matrix.
 pub struct Factor {
@@ -46,11 +47,66 @@ pub fn seen<'a>(layer: &Layer<'a>) -> Result<(&'a Inputs, &'a [f64]), MethodErro
     Ok((inputs, gram))
 }
 
+/// The Gram matrix with the damping that it needs, so that it can be factored.
+pub struct Damped {
+    /// `H[inputs, inputs]`; inputs that were never anything but zero have a diagonal of about 1.
+    pub gram: Mat<f64>,
+    /// Its lower Cholesky factor.
+    pub lower: Mat<f64>,
+    /// Inputs that were never anything but zero.
+    pub dead: Vec<bool>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+/// Damps what was seen of the inputs of `layer`.
+///
+/// # Errors
+/// As [`factor`].
+pub fn damped(layer: &Layer<'_>) -> Result<Damped, MethodError> {
+    let n = layer.inputs;
+    let (result, notes) = with_damping(layer, |at| {
+        let gram = Mat::from_fn(n, n, |i, j| at(i, j));
+        Some((cholesky(gram.clone(), Par::rayon(0))?, gram))
+    })?;
+    let ((lower, gram), seen) = (result, seen(layer)?.1);
+    Ok(Damped { gram, lower, dead: (0..n).map(|j| seen[j * n + j] <= 0.0).collect(), notes })
+}
+
+/// `X` with `A X = B` for the positive definite `at`; `None` if it is none.
+pub fn solve(n: usize, at: impl Fn(usize, usize) -> f64, b: &Mat<f64>) -> Option<Mat<f64>> {
+    let lower = cholesky(Mat::from_fn(n, n, at), Par::rayon(0))?;
+    let mut x = b.clone();
+    solve_lower_triangular_in_place(lower.as_ref(), x.as_mut(), Par::rayon(0));
+    solve_upper_triangular_in_place(lower.transpose(), x.as_mut(), Par::rayon(0));
+    Some(x)
+}
+
+/// The lower factor of a positive definite matrix, whose upper triangle is ignored; `None` if it is none.
+pub fn cholesky(mut a: Mat<f64>, par: Par) -> Option<Mat<f64>> {
+    let n = a.nrows();
+    let mut buffer = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, Default::default()));
+    let stack = MemStack::new(&mut buffer);
+    factor::cholesky_in_place(a.as_mut(), Default::default(), par, stack, Default::default()).ok()?;
+    (0..n).all(|i| a[(i, i)].is_finite() && a[(i, i)] > 0.0).then_some(a)
+}
+
 /// Factors what was seen of the inputs of `layer`.
 ///
 /// # Errors
 /// As [`seen`]; a matrix that cannot be factored even with the largest damping.
 pub fn factor(layer: &Layer<'_>) -> Result<Factor, MethodError> {
+    let n = layer.inputs;
+    let (upper, notes) = with_damping(layer, |at| upper(n, at))?;
+    let gram = seen(layer)?.1;
+    Ok(Factor { upper, dead: (0..n).map(|j| gram[j * n + j] <= 0.0).collect(), notes })
+}
+
+/// What `make` gives for the entries of the Gram matrix with the first damping that lets it, and what a user should know.
+fn with_damping<T>(
+    layer: &Layer<'_>,
+    make: impl Fn(&dyn Fn(usize, usize) -> f64) -> Option<T>,
+) -> Result<(T, Vec<String>), MethodError> {
     let (inputs, gram) = seen(layer)?;
     let n = layer.inputs;
     let dead: Vec<bool> = (0..n).map(|j| gram[j * n + j] <= 0.0).collect();
@@ -66,11 +122,11 @@ pub fn factor(layer: &Layer<'_>) -> Result<Factor, MethodError> {
     }
     for share in DAMPING {
         let at = |i: usize, j: usize| if i == j { diagonal(i) + share * mean } else { gram[i * n + j] };
-        if let Some(upper) = upper(n, at) {
+        if let Some(made) = make(&at) {
             if share > DAMPING[0] {
                 notes.push(format!("{}: the Gram matrix needed damping of {share} of its mean diagonal", layer.place));
             }
-            return Ok(Factor { upper, dead, notes });
+            return Ok((made, notes));
         }
     }
     let tokens = inputs.tokens;
@@ -84,11 +140,9 @@ pub fn factor(layer: &Layer<'_>) -> Result<Factor, MethodError> {
 
 /// `U` for the positive definite `at`; `None` if it is none.
 fn upper(n: usize, at: impl Fn(usize, usize) -> f64) -> Option<Vec<f32>> {
-    let mut a = Mat::from_fn(n, n, |i, j| if i >= j { at(n - 1 - i, n - 1 - j) } else { 0.0 });
+    let a = Mat::from_fn(n, n, |i, j| if i >= j { at(n - 1 - i, n - 1 - j) } else { 0.0 });
     let par = Par::rayon(0);
-    let mut buffer = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, Default::default()));
-    let stack = MemStack::new(&mut buffer);
-    factor::cholesky_in_place(a.as_mut(), Default::default(), par, stack, Default::default()).ok()?;
+    let a = cholesky(a, par)?;
     let mut inverse = Mat::<f64>::zeros(n, n);
     triangular_inverse::invert_lower_triangular(inverse.as_mut(), a.as_ref(), par);
     drop(a);

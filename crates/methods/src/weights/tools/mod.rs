@@ -16,6 +16,9 @@ use lacuna_core::{
 use select::Scope;
 use std::ops::Bound;
 
+/// Damping that is tried one after the other, as a share of the mean of the diagonal.
+pub const DAMPING: [f64; 3] = [0.01, 0.1, 1.0];
+
 /// The parameter of a pattern's runs: how many of each stay.
 pub const KEEP: ParamSpec = ParamSpec {
     name: "keep",
