@@ -87,10 +87,10 @@ impl Compressor for Casp {
         // Fewer rows than inputs: grouped keys.
         if rows < cols && params.get("rho") < 1.0 {
             let note = format!("{}: {rows} outputs of {cols} inputs have no rank to spare; left as it is", layer.place);
-            return Ok(Changed { weight: layer.weight.to_vec(), kept, codes: None, notes: vec![note] });
+            return Ok(Changed { weight: layer.weight.to_vec(), kept, codes: None, books: None, notes: vec![note] });
         }
         if rank >= rows.min(cols) {
-            return Ok(Changed { weight: layer.weight.to_vec(), kept, codes: None, notes: damped.notes });
+            return Ok(Changed { weight: layer.weight.to_vec(), kept, codes: None, books: None, notes: damped.notes });
         }
         let Some((mut weight, share)) = low_rank(layer, &damped, rank.max(1)) else {
             return refuse(layer, "its singular values cannot be computed; use more calibration tokens (--tokens)");
@@ -106,7 +106,7 @@ impl Compressor for Casp {
             rows.min(cols),
             100.0 * share
         ));
-        Ok(Changed { weight, kept, codes: None, notes })
+        Ok(Changed { weight, kept, codes: None, books: None, notes })
     }
 }
 

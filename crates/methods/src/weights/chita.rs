@@ -91,7 +91,7 @@ impl Compressor for Chita {
         select::check_runs(layer, pattern)?;
         let damped = damped(layer)?;
         if share == 0.0 && pattern == Pattern::Free && layer.kept.is_none() {
-            return Ok(Changed { weight: layer.weight.to_vec(), kept: None, codes: None, notes: Vec::new() });
+            return Ok(Changed { weight: layer.weight.to_vec(), kept: None, codes: None, books: None, notes: Vec::new() });
         }
         let problem = Problem::new(layer, &damped);
         let choose = |w: &[f64]| -> Result<Vec<bool>, MethodError> {
@@ -108,7 +108,7 @@ impl Compressor for Chita {
         };
         let mut weight = solved(layer, &damped.gram, &kept);
         weight.iter_mut().enumerate().filter(|(i, _)| damped.dead[i % layer.inputs]).for_each(|(_, w)| *w = 0.0);
-        Ok(Changed { weight, kept: Some(kept), codes: None, notes: damped.notes })
+        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes: damped.notes })
     }
 }
 
