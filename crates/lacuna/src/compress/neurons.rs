@@ -162,7 +162,8 @@ impl Task<'_> {
                 Proj::Down => order.columns(&pruned.down, inner),
                 _ => order.rows(dense, neurons.width),
             };
-            let changed = Changed { weight: rounded(&weight, format), kept: None, codes: None, books: None, notes: Vec::new() };
+            let changed =
+                Changed { weight: rounded(&weight, format), kept: None, codes: None, books: None, notes: Vec::new() };
             out.changed.insert(*proj, changed);
         }
         out.beside = self.biases(block, &order);

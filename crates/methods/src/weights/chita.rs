@@ -91,7 +91,13 @@ impl Compressor for Chita {
         select::check_runs(layer, pattern)?;
         let damped = damped(layer)?;
         if share == 0.0 && pattern == Pattern::Free && layer.kept.is_none() {
-            return Ok(Changed { weight: layer.weight.to_vec(), kept: None, codes: None, books: None, notes: Vec::new() });
+            return Ok(Changed {
+                weight: layer.weight.to_vec(),
+                kept: None,
+                codes: None,
+                books: None,
+                notes: Vec::new(),
+            });
         }
         let problem = Problem::new(layer, &damped);
         let choose = |w: &[f64]| -> Result<Vec<bool>, MethodError> {

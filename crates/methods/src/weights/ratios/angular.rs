@@ -20,8 +20,11 @@ pub fn shares(importance: &[f64], target: f64) -> Vec<f64> {
         return vec![target; importance.len()];
     }
     // Nobody keeps more than everything: deviations shrink until the largest keep ratio is `keep + target / 1.05`.
-    let shrink =
-        if most > average && most / average * keep >= 1.0 { average * (1.0 / keep - 1.0) / ((most - average) * 1.05) } else { 1.0 };
+    let shrink = if most > average && most / average * keep >= 1.0 {
+        average * (1.0 / keep - 1.0) / ((most - average) * 1.05)
+    } else {
+        1.0
+    };
     gates.iter().map(|g| 1.0 - (1.0 + (g - average) * shrink / average) * keep).collect()
 }
 
