@@ -284,3 +284,40 @@ fn a_session_that_begins_with_blocks_of_another_has_the_same_bits() {
         assert_eq!(e.blocks_in_use(), 0, "{name}");
     }
 }
+
+#[test]
+fn a_prompt_has_the_same_bits_in_whatever_parts_it_comes() {
+    for (name, e) in engines() {
+        // Positions that are learned end earlier.
+        let context = if e.session(600).is_ok() { 600 } else { 300 };
+        let mut short = 0;
+        for n in [1, 3, 4, 5, 64, 66, 70, 513, 516, 517].into_iter().filter(|n| *n <= context - 2) {
+            let prompt = tokens(n, n as u64);
+            let fresh = || e.session(context).expect("a session");
+            let (mut whole, mut parts, mut kept, mut dense) = (fresh(), fresh(), fresh(), fresh());
+            whole.prompt(&prompt).expect("fits");
+            assert_eq!(whole.counters().weight_bytes, 0, "{name}, {n}: prompts are not counted");
+            let cut = whole.matrix_part(n).min(n - 1);
+            short += usize::from(whole.matrix_part(n) < n);
+            for part in prompt[..cut].chunks(100) {
+                parts.score(part, &mut |_, _| {}).expect("fits");
+            }
+            parts.prompt(&prompt[cut..]).expect("fits");
+            let blocks = whole.blocks();
+            let (some, matrix) = (&blocks[..blocks.len().min((n - 1) / KV_BLOCK)], whole.matrix_part(n));
+            kept.begin_with(if e.follows_prompts() { &[] } else { some }).expect("they fit");
+            kept.prompt(&prompt[kept.len()..]).expect("fits");
+            for other in [&mut parts, &mut kept] {
+                assert!(same_bits(other.logits(), whole.logits()), "{name}, {n} tokens");
+            }
+            let near = distance(dense.prefill(&prompt).expect("fits"), whole.logits());
+            assert!(near < 8e-2 || name.contains("Experts"), "{name}, {n} tokens: {near}");
+            assert!(matrix < n || near == 0.0, "{name}, {n} tokens: nothing was short");
+            let want = whole.decode(7).expect("decodes").to_vec();
+            for other in [&mut parts, &mut kept] {
+                assert!(same_bits(other.decode(7).expect("decodes"), &want), "{name}, {n} tokens, and a step");
+            }
+        }
+        assert_eq!(short, if context == 600 { 5 } else { 3 }, "{name}");
+    }
+}

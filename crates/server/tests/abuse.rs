@@ -226,6 +226,25 @@ fn texts_depend_neither_on_company_nor_on_chunks_nor_on_prefixes() {
 }
 
 #[test]
+fn short_ends_of_prompts_change_no_text() {
+    let setup = Setup { context: 700, ..Setup::default() };
+    let plain = Server::new(&Setup { prefixes: 0, ..setup.clone() });
+    let kept = Server::new(&Setup { chunk: 100, ..setup });
+    for len in [1, 3, 4, 5, 65, 513, 516, 517, 577] {
+        let prompt: Vec<u32> = (0..len).map(|i| 10 + (i * 7 + len) % 900).collect();
+        let mut body = json!({ "prompt": prompt, "max_tokens": 12, "seed": len, "ignore_eos": true });
+        let wanted = plain.ok("/v1/completions", &body);
+        let (first, again) = (kept.ok("/v1/completions", &body), kept.ok("/v1/completions", &body));
+        assert_eq!(again["timings"]["cache_n"], (len - 1) / 64 * 64, "{len}");
+        assert_eq!((text(&first), text(&again)), (text(&wanted), text(&wanted)), "{len}");
+        body["echo"] = json!(true);
+        body["logprobs"] = json!(1);
+        let scored = plain.ok("/v1/completions", &body);
+        assert!(text(&scored).ends_with(text(&wanted)), "{len}: {} and {}", text(&scored), text(&wanted));
+    }
+}
+
+#[test]
 fn clients_that_leave_give_back_their_memory() {
     let server = Server::new(&Setup { prefixes: 0, ..Setup::default() });
     let long =
@@ -257,7 +276,8 @@ fn a_full_queue_refuses_at_once() {
     let busy: Vec<_> = answers.iter().filter(|a| a.status == 503).collect();
     let good = answers.iter().filter(|a| a.status == 200).count();
     assert_eq!(busy.len() + good, 40, "nobody is lost");
-    assert!(good >= 5 && !busy.is_empty(), "{good}");
+    // Four wait; the fifth depends on when the engine's thread takes the first.
+    assert!(good >= 4 && !busy.is_empty(), "{good}");
     assert!(busy.iter().all(|a| a.head.to_ascii_lowercase().contains("retry-after: 1")));
     let texts: Vec<String> = answers.iter().filter(|a| a.status == 200).map(|a| text(&a.json()).to_owned()).collect();
     assert!(texts.windows(2).all(|w| w[0] == w[1]));

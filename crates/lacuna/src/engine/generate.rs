@@ -123,7 +123,7 @@ pub fn generate_with(
         prefill: Duration::ZERO,
         decode: Duration::ZERO,
     };
-    match session.prefill(prompt) {
+    match session.prompt(prompt) {
         Ok(_) => {}
         Err(Error::Cancelled) => {
             out.finish = Finish::Cancelled;

@@ -25,6 +25,7 @@ mod rows;
 pub mod sampler;
 mod session;
 mod shared;
+mod short;
 mod sparse;
 mod sparse_rows;
 pub mod transpose;

@@ -226,12 +226,15 @@ impl Session {
         self.last_logits((tokens.len() - 1) % self.shared.prefill_chunk, &mut Nobody)
     }
 
-    /// [`Session::prefill`] that gives `sink` the logits of every position. Memory does not grow with the text.
+    /// [`Session::prefill`] that gives `sink` the logits of every position, up to rounding. Memory does not grow with the
+    /// text.
     ///
     /// # Errors
     /// As [`Session::prefill`].
     pub fn score(&mut self, tokens: &[u32], sink: &mut Sink<'_>) -> Result<()> {
-        self.extend(tokens, Mode::Prefill, &mut Nobody, Some(sink))
+        self.extend(tokens, Mode::Prefill, &mut Nobody, Some(sink))?;
+        // The sink's come from a matrix product; what stays are the bits that prefill leaves.
+        self.last_logits((tokens.len() - 1) % self.shared.prefill_chunk, &mut Nobody).map(|_| ())
     }
 
     /// [`Session::score`] under the engine's plan: every token through its own selection, as decode would choose it, at
@@ -337,7 +340,7 @@ impl Session {
         Ok(())
     }
 
-    fn forward(&mut self, tokens: &[u32], mode: Mode, observer: &mut dyn Observer) {
+    pub(super) fn forward(&mut self, tokens: &[u32], mode: Mode, observer: &mut dyn Observer) {
         let places = Places::following(&mut self.kv, self.len, tokens.len());
         let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
         Forward { shared, places, ws, counters, observer, plan: shared.plan.as_deref(), mode }.run(tokens);
@@ -345,7 +348,7 @@ impl Session {
     }
 
     /// Logits of row `row` of the residual stream.
-    fn last_logits(&mut self, row: usize, observer: &mut dyn Observer) -> Result<&[f32]> {
+    pub(super) fn last_logits(&mut self, row: usize, observer: &mut dyn Observer) -> Result<&[f32]> {
         let shared = &*self.shared;
         head_input(shared, &mut self.ws, observer, Some(row));
         self.row = 0;

@@ -152,21 +152,32 @@ impl<'t> Sequence<'t> {
 
     /// Computes at most `most` tokens of the prompt; returns how many.
     pub fn prefill(&mut self, most: usize, probe: Option<&Probe>) -> usize {
-        let from = self.session.len();
-        let to = self.prompt.len().min(from + most);
-        let last = to == self.prompt.len();
+        let (from, whole) = (self.session.len(), self.prompt.len());
+        let matrix = self.session.matrix_part(whole);
+        let to = match &self.work {
+            Work::Text(text) if !text.wanted.score_prompt && from < matrix => matrix.min(from + most),
+            Work::Text(text) if !text.wanted.score_prompt => whole,
+            _ => whole.min(from + most),
+        };
+        let last = to == whole;
         let prompt = self.prompt.clone();
         let done = match &mut self.work {
             Work::Vector { sum, pooling } => {
                 self.session.observe(&prompt[from..to], &mut Hidden { sum, pooling: *pooling })
             }
             Work::Text(text) if text.wanted.score_prompt => {
-                text.score(&mut self.session, &prompt, from, to).map(|scores| {
+                text.score(&mut self.session, &prompt, from, to).and_then(|scores| {
                     // As in `send`: a receiver that is gone is noticed before the next turn.
                     let _ = self.events.send((self.index, Event::Prompt(scores)));
+                    if last && matrix < whole && text.wanted.max_tokens > 0 {
+                        // The text goes on as it does without scores.
+                        self.session.truncate(matrix);
+                        self.session.prompt(&prompt[matrix..])?;
+                    }
+                    Ok(())
                 })
             }
-            Work::Text(_) if last => self.session.prefill(&prompt[from..to]).map(|_| ()),
+            Work::Text(_) if last => self.session.prompt(&prompt[from..]).map(|_| ()),
             Work::Text(_) => self.session.observe(&prompt[from..to], &mut Unseen),
         };
         if let Err(e) = done {
