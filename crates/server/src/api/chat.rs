@@ -1,34 +1,29 @@
 //! `POST /v1/chat/completions`.
 
 use super::{
-    Arrival, Running, State,
-    answer::{Sum, activity, ended, failed, reason},
+    Arrival, State,
+    answer::{self, Common, activity},
     aside, logprobs,
     prepare::{Prepared, fits},
-    stream, text,
+    text,
 };
 use crate::{
     error::{Error, Result},
     fields::Endpoint,
-    http::{Reply, Request, StatusCode},
-    schedule::{Event, Failure, Step},
+    http::{Reply, Request},
+    schedule::{Event, Step},
     tools::{Call, Delta, Reader},
 };
 use serde_json::{Value, json};
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 /// Answers a request.
 pub(super) async fn answer(state: Arc<State>, request: Request) -> Result<Reply> {
     let arrival = Arrival::new();
+    state.has_room()?;
     let reader = state.clone();
-    let mut prepared = aside(move || prepare(&reader, &request)).await?;
-    let group = state.ids.fetch_add(1, Ordering::Relaxed);
-    let running = state.submit(|events| prepared.jobs(group, &arrival, &events))?;
-    let answers = Answers::new(&state, prepared, &arrival);
-    if answers.prepared.stream {
-        return Ok(stream::reply(state, running, answers));
-    }
-    whole(&state, running, answers).await
+    let prepared = aside(move || prepare(&reader, &request)).await?;
+    answer::reply::<Answers>(state, prepared, arrival).await
 }
 
 fn prepare(state: &State, request: &Request) -> Result<Prepared> {
@@ -40,47 +35,9 @@ fn prepare(state: &State, request: &Request) -> Result<Prepared> {
     Prepared::new(state, &values, vec![fits(state, "messages", ids)?], true)
 }
 
-async fn whole(state: &State, mut running: Running, mut answers: Answers) -> Result<Reply> {
-    while let Some((index, event)) = running.next().await {
-        if let Event::Failed(Failure::Panic | Failure::Engine) = event {
-            failed(state, &answers.id, Failure::Panic);
-            return Err(Error::internal("the answer failed by a fault of the server; others are not affected"));
-        }
-        answers.take(state, index, event);
-    }
-    running.check()?;
-    let choices = std::mem::take(&mut answers.choices);
-    let choice = |(index, c): (usize, Choice)| {
-        let mut message = json!({ "role": "assistant", "content": c.text });
-        if !c.calls.is_empty() {
-            let calls = c.calls.iter().map(|(id, call)| call.to_json(id, None));
-            message["tool_calls"] = calls.collect();
-            if c.text.is_empty() {
-                message["content"] = Value::Null;
-            }
-        }
-        json!({
-            "index": index,
-            "message": message,
-            "logprobs": answers.prepared.top.map(|_| json!({ "content": c.logprobs })),
-            "finish_reason": c.finish,
-        })
-    };
-    let choices: Vec<Value> = choices.into_iter().enumerate().map(choice).collect();
-    let mut body = answers.frame("chat.completion", choices);
-    body["usage"] = answers.sum.usage();
-    body["timings"] = answers.sum.timings();
-    Ok(Reply::json(StatusCode::OK, body.to_string()))
-}
-
-/// The answers of a request as they grow. In a stream, what was told is taken out.
 struct Answers {
-    id: String,
-    created: u64,
-    model: String,
-    prepared: Prepared,
+    common: Common,
     choices: Vec<Choice>,
-    sum: Sum,
 }
 
 #[derive(Default)]
@@ -97,57 +54,6 @@ struct Choice {
     logprobs: Vec<Value>,
     finish: Option<&'static str>,
     lacuna: Option<Value>,
-}
-
-impl Answers {
-    fn new(state: &State, prepared: Prepared, arrival: &Arrival) -> Self {
-        let mut choices = Vec::new();
-        let reader = || prepared.tools.as_ref().map(Reader::new);
-        choices.resize_with(prepared.answers(), || Choice { reader: reader(), ..Choice::default() });
-        Self {
-            id: state.id("chatcmpl"),
-            created: arrival.seconds,
-            model: state.names[prepared.plan].clone(),
-            prepared,
-            choices,
-            sum: Sum::default(),
-        }
-    }
-
-    fn take(&mut self, state: &State, index: usize, event: Event) {
-        let most = self.prepared.calls;
-        let choice = &mut self.choices[index];
-        match event {
-            Event::Step(Step { text, scored, activity: seen, .. }) => {
-                choice.say(state, &text, most, false);
-                choice.logprobs.extend(scored.map(|s| logprobs::chat(&state.tokenizer, &s)));
-                choice.lacuna = seen.as_deref().map(activity);
-            }
-            Event::Done(done) => {
-                choice.say(state, &done.text, most, true);
-                choice.finish = Some(match reason(done.finish) {
-                    "stop" if choice.called > 0 => "tool_calls",
-                    other => other,
-                });
-                self.sum.add(index, self.prepared.n, &done.usage);
-                ended(state, &self.id, done.finish, &done.usage);
-            }
-            Event::Failed(failure) => {
-                choice.finish = Some("error");
-                failed(state, &self.id, failure);
-            }
-            Event::Prompt(_) | Event::Vector(_) => {}
-        }
-    }
-
-    fn frame(&self, object: &str, choices: Vec<Value>) -> Value {
-        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
-    }
-
-    fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish: Option<&str>) -> Value {
-        let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
-        self.frame("chat.completion.chunk", vec![choice])
-    }
 }
 
 impl Choice {
@@ -180,46 +86,103 @@ impl Choice {
             }
         }
     }
+
+    /// The object `message` of an answer that is sent whole.
+    fn message(&self) -> Value {
+        let mut message = json!({ "role": "assistant", "content": self.text });
+        if !self.calls.is_empty() {
+            message["tool_calls"] = self.calls.iter().map(|(id, call)| call.to_json(id, None)).collect();
+            if self.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        message
+    }
 }
 
-impl stream::Events for Answers {
+impl Answers {
+    fn event(&self, index: usize, delta: Value, logprobs: Value, finish: Option<&str>) -> Value {
+        let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
+        self.common.frame(<Self as answer::Answers>::PART, vec![choice])
+    }
+}
+
+impl answer::Answers for Answers {
+    const ID: &'static str = "chatcmpl";
+    const WHOLE: &'static str = "chat.completion";
+    const PART: &'static str = "chat.completion.chunk";
+
+    fn new(_: &State, common: Common) -> Self {
+        let prepared = &common.prepared;
+        let choice = |_| Choice { reader: prepared.tools.as_ref().map(Reader::new), ..Choice::default() };
+        Self { choices: (0..prepared.answers()).map(choice).collect(), common }
+    }
+
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn take(&mut self, state: &State, index: usize, event: Event) {
+        let most = self.common.prepared.calls;
+        let choice = &mut self.choices[index];
+        match event {
+            Event::Step(Step { text, scored, activity: seen, .. }) => {
+                choice.say(state, &text, most, false);
+                choice.logprobs.extend(scored.map(|s| logprobs::chat(&state.tokenizer, &s)));
+                choice.lacuna = seen.as_deref().map(activity);
+            }
+            Event::Done(done) => {
+                choice.say(state, &done.text, most, true);
+                choice.finish = Some(match self.common.ended(state, index, &done) {
+                    "stop" if choice.called > 0 => "tool_calls",
+                    other => other,
+                });
+            }
+            Event::Failed(failure) => choice.finish = Some(self.common.failed(state, failure)),
+            Event::Prompt(_) | Event::Vector(_) => {}
+        }
+    }
+
+    fn choices(&mut self) -> Vec<Value> {
+        let top = self.common.prepared.top;
+        let choice = |(index, c): (usize, &Choice)| {
+            json!({
+                "index": index,
+                "message": c.message(),
+                "logprobs": top.map(|_| json!({ "content": c.logprobs })),
+                "finish_reason": c.finish,
+            })
+        };
+        self.choices.iter().enumerate().map(choice).collect()
+    }
+
     fn begin(&mut self) -> Vec<Value> {
-        let role = |i| self.chunk(i, json!({ "role": "assistant", "content": "" }), Value::Null, None);
+        let role = |i| self.event(i, json!({ "role": "assistant", "content": "" }), Value::Null, None);
         (0..self.choices.len()).map(role).collect()
     }
 
-    fn news(&mut self, state: &State, index: usize, event: Event) -> Vec<Value> {
-        self.take(state, index, event);
+    fn tell(&mut self, index: usize) -> Vec<Value> {
         let choice = &mut self.choices[index];
         let (text, scores) = (std::mem::take(&mut choice.text), std::mem::take(&mut choice.logprobs));
         let (lacuna, finish) = (choice.lacuna.take(), choice.finish);
         let parts = std::mem::take(&mut choice.parts);
         let mut events = Vec::new();
         if !text.is_empty() || !scores.is_empty() || lacuna.is_some() {
-            let scores = self.prepared.top.map_or(Value::Null, |_| json!({ "content": scores }));
-            let mut event = self.chunk(index, json!({ "content": text }), scores, None);
+            let scores = self.common.prepared.top.map_or(Value::Null, |_| json!({ "content": scores }));
+            let mut event = self.event(index, json!({ "content": text }), scores, None);
             if let Some(lacuna) = lacuna {
                 event["lacuna"] = lacuna;
             }
             events.push(event);
         }
         for part in parts {
-            events.push(self.chunk(index, json!({ "tool_calls": [part] }), Value::Null, None));
+            events.push(self.event(index, json!({ "tool_calls": [part] }), Value::Null, None));
         }
         if let Some(finish) = finish {
-            let mut event = self.chunk(index, json!({}), Value::Null, Some(finish));
-            event["timings"] = self.sum.timings();
+            let mut event = self.event(index, json!({}), Value::Null, Some(finish));
+            event["timings"] = self.common.timings();
             events.push(event);
         }
         events
-    }
-
-    fn end(&mut self) -> Vec<Value> {
-        if !self.prepared.include_usage {
-            return Vec::new();
-        }
-        let mut last = self.frame("chat.completion.chunk", Vec::new());
-        last["usage"] = self.sum.usage();
-        vec![last]
     }
 }

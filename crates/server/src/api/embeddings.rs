@@ -14,6 +14,7 @@ use std::sync::{Arc, atomic::Ordering};
 /// Answers a request.
 pub(super) async fn answer(state: Arc<State>, request: Request) -> Result<Reply> {
     let arrival = Arrival::new();
+    state.has_room()?;
     let reader = state.clone();
     let (plan, base64, pooling, prompts) = aside(move || {
         let mut values = reader.read(Endpoint::Embeddings, &request.body)?;

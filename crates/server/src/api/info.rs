@@ -101,6 +101,7 @@ pub(super) fn props(state: &State) -> Reply {
 /// `GET /metrics`.
 pub(super) fn metrics(state: &State) -> Reply {
     state.metrics.blocks.set(state.scheduler.blocks_in_use());
+    state.metrics.waiting.set(state.scheduler.waiting());
     Reply::Full {
         status: StatusCode::OK,
         content_type: "text/plain; version=0.0.4; charset=utf-8",

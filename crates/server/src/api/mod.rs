@@ -17,7 +17,7 @@ use crate::{
     http::{App, BoxFuture, Method, Reply, Request, Route},
     metrics::Metrics,
     page,
-    schedule::{Event, Job, Options, Scheduler},
+    schedule::{Event, Full, Job, Options, Scheduler},
 };
 use lacuna::{
     chat::{ChatTemplate, Worker},
@@ -284,16 +284,24 @@ impl State {
         }
     }
 
+    /// Refuses a request before any work where its jobs would be refused behind it.
+    fn has_room(&self) -> Result<()> {
+        self.scheduler.has_room().map_err(|full| self.full(full))
+    }
+
     /// Queues the jobs of a request.
     fn submit(&self, make: impl FnOnce(crate::schedule::Events) -> Vec<Job>) -> Result<Running> {
         let (send, receive) = unbounded_channel();
         let jobs = make(send);
         let count = jobs.len();
-        self.scheduler.submit(jobs).map_err(|full| {
-            self.metrics.busy.add(1);
-            Error::busy(if full.closed { "the server is about to end" } else { "the queue is full; try again" })
-        })?;
+        self.scheduler.submit(jobs).map_err(|full| self.full(full))?;
         Ok(Running { events: receive, open: count })
+    }
+
+    /// Counts a request that found no room.
+    fn full(&self, full: Full) -> Error {
+        self.metrics.busy.add(1);
+        Error::busy(if full.closed { "the server is about to end" } else { "the queue is full; try again" })
     }
 
     /// An id for an answer.

@@ -1,10 +1,7 @@
 //! Answers as server-sent events.
 
-use super::{Running, State};
-use crate::{
-    http::{Bytes, EVENTS, Reply},
-    schedule::Event,
-};
+use super::{Running, State, answer::Answers};
+use crate::http::{Bytes, EVENTS, Reply};
 use serde_json::Value;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -14,23 +11,11 @@ const PIECES: usize = 16;
 /// News that become one piece at most.
 const TOGETHER: usize = 64;
 
-/// Turns news into events.
-pub(super) trait Events: Send + 'static {
-    /// What is sent at once.
-    fn begin(&mut self) -> Vec<Value>;
-
-    /// What news of an answer become.
-    fn news(&mut self, state: &State, index: usize, event: Event) -> Vec<Value>;
-
-    /// What is sent at the end.
-    fn end(&mut self) -> Vec<Value>;
-}
-
 /// The stream of a request. When the client leaves, `running` is dropped, which ends its work.
-pub(super) fn reply(state: Arc<State>, mut running: Running, mut events: impl Events) -> Reply {
+pub(super) fn reply<A: Answers>(state: Arc<State>, mut running: Running, mut answers: A) -> Reply {
     let (send, chunks) = mpsc::channel::<Bytes>(PIECES);
     tokio::spawn(async move {
-        let mut text = written(events.begin());
+        let mut text = written(answers.begin());
         loop {
             if !text.is_empty() && send.send(Bytes::from(std::mem::take(&mut text))).await.is_err() {
                 return;
@@ -40,13 +25,15 @@ pub(super) fn reply(state: Arc<State>, mut running: Running, mut events: impl Ev
                 () = send.closed() => return,
             };
             let Some((index, event)) = news else { break };
-            text = written(events.news(&state, index, event));
+            answers.take(&state, index, event);
+            text = written(answers.tell(index));
             for _ in 1..TOGETHER {
                 let Some((index, event)) = running.ready() else { break };
-                text.push_str(&written(events.news(&state, index, event)));
+                answers.take(&state, index, event);
+                text.push_str(&written(answers.tell(index)));
             }
         }
-        text = written(events.end());
+        text = written(answers.common().usage::<A>());
         text.push_str("data: [DONE]\n\n");
         // A client that is gone misses nothing.
         let _ = send.send(Bytes::from(text)).await;
@@ -54,6 +41,6 @@ pub(super) fn reply(state: Arc<State>, mut running: Running, mut events: impl Ev
     Reply::Stream { content_type: EVENTS, chunks }
 }
 
-fn written(values: Vec<Value>) -> String {
+fn written(values: impl IntoIterator<Item = Value>) -> String {
     values.into_iter().map(|v| format!("data: {v}\n\n")).collect()
 }

@@ -6,21 +6,25 @@
 
 mod job;
 mod prefix;
+mod queue;
 mod sequence;
 mod worker;
+
+/// The locks of the queue.
+mod sync {
+    pub(super) use std::sync::{Condvar, Mutex, MutexGuard};
+}
 
 pub use job::{
     Activity, Done, Event, Events, Failure, Finish, Generate, Job, Pooling, Scored, Step, Strip, Task, Usage,
 };
 pub use prefix::Prefixes;
+pub use queue::Full;
 
 use crate::metrics::Metrics;
 use lacuna::{engine::Engine, tokenizer::Tokenizer};
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    thread::JoinHandle,
-};
+use queue::Queue;
+use std::{sync::Arc, thread::JoinHandle};
 
 /// Sees the prompt of an answer and the logits of its next token, and may change them: for tests of what happens when a
 /// model gives numbers that are none, or a request panics.
@@ -49,19 +53,11 @@ pub struct Scheduler {
 
 /// What the thread and the others see.
 struct Shared {
-    queue: Mutex<Queue>,
-    /// Something was queued, or the end was asked for.
-    work: Condvar,
+    queue: Queue<Job>,
     engines: Vec<Engine>,
     tokenizer: Arc<Tokenizer>,
     options: Options,
     metrics: Arc<Metrics>,
-}
-
-#[derive(Default)]
-struct Queue {
-    jobs: VecDeque<Job>,
-    closed: bool,
 }
 
 impl Scheduler {
@@ -75,34 +71,37 @@ impl Scheduler {
         options: Options,
         metrics: Arc<Metrics>,
     ) -> std::io::Result<Self> {
-        let (queue, work) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { queue, work, engines, tokenizer, options, metrics });
+        let queue = Queue::new(options.queue);
+        let shared = Arc::new(Shared { queue, engines, tokenizer, options, metrics });
         let theirs = shared.clone();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || worker::run(&theirs))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Queues the jobs of one request; gives them back if there is no room. A request is taken whole: the queue may
-    /// grow beyond its limit by the jobs of one.
+    /// Queues the jobs of one request, all or none: the queue may grow beyond its limit by the jobs of one.
     ///
     /// # Errors
     /// The queue is full, or closed.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<(), Full> {
-        let mut queue = self.shared.lock();
-        if queue.closed || queue.jobs.len() >= self.shared.options.queue {
-            return Err(Full { closed: queue.closed });
-        }
-        queue.jobs.extend(jobs);
-        self.shared.metrics.waiting.set(queue.jobs.len());
-        drop(queue);
-        self.shared.work.notify_one();
-        Ok(())
+        self.shared.queue.push(jobs)
+    }
+
+    /// Whether [`Scheduler::submit`] would take jobs now: asked before a request is prepared, which costs much more.
+    ///
+    /// # Errors
+    /// It would not.
+    pub fn has_room(&self) -> Result<(), Full> {
+        self.shared.queue.has_room()
+    }
+
+    /// Jobs that wait for their turn.
+    pub fn waiting(&self) -> usize {
+        self.shared.queue.len()
     }
 
     /// Takes no more jobs; those that are queued are finished.
     pub fn close(&self) {
-        self.shared.lock().closed = true;
-        self.shared.work.notify_one();
+        self.shared.queue.close();
     }
 
     /// Blocks of keys and values in use by answers and kept prefixes, over all plans.
@@ -120,17 +119,4 @@ impl Drop for Scheduler {
             tracing::error!("the engine's thread ended with a panic");
         }
     }
-}
-
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// There is no room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full {
-    /// The server is about to end.
-    pub closed: bool,
 }

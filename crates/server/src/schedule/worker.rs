@@ -48,26 +48,11 @@ fn work(shared: &Shared) {
 impl<'a> Worker<'a> {
     /// Takes waiting jobs while there is room, the oldest first; waits if there is nothing to do. False at the end.
     fn admit(&mut self) -> bool {
-        let mut queue = self.shared.lock();
-        loop {
-            let before = queue.jobs.len();
-            queue.jobs.retain(|job| !job.events.is_closed());
-            self.shared.metrics.cancelled.add((before - queue.jobs.len()) as u64);
-            if !queue.jobs.is_empty() || !self.active.is_empty() {
-                break;
-            }
-            self.shared.metrics.waiting.set(0);
-            if queue.closed {
-                return false;
-            }
-            queue = self.shared.work.wait(queue).unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
         let room = self.shared.options.parallel.saturating_sub(self.active.len());
-        let count = room.min(queue.jobs.len());
-        let jobs: Vec<Job> = queue.jobs.drain(..count).collect();
-        self.shared.metrics.waiting.set(queue.jobs.len());
-        drop(queue);
-        jobs.into_iter().for_each(|job| self.begin(job));
+        let wanted = |job: &Job| !job.events.is_closed();
+        let Some(taken) = self.shared.queue.take(room, self.active.is_empty(), wanted) else { return false };
+        self.shared.metrics.cancelled.add(taken.dropped as u64);
+        taken.items.into_iter().for_each(|job| self.begin(job));
         self.shared.metrics.running.set(self.active.len());
         true
     }
