@@ -3,13 +3,19 @@
 
     python3 tools/load_server.py target/release/lacuna [MODE] [--model MODEL] [-t 2] [--parallel 8] ...
 
-    clients  many requests at once, each compared with the answer it gets alone; refused ones (503) are sent again
-             [--clients 200] [--rounds 5] [--tokens 16]
+    clients  many requests at once, each compared with the answer it gets alone; refused ones (503) are sent again, and
+             another process beside them times its own refusals [--clients 200] [--rounds 6] [--tokens 16]
     leave    clients that leave at random times, then the blocks and the memory that are still in use [--clients 3000]
     idle     open sockets, half of them with half a head, beside which requests are timed [--sockets 10000]
-    soak     clients that come, go and leave for some minutes: the curve of memory, files and answers [--minutes 5]
+    overhead one stream beside `lacuna bench`, in turns: tokens/s, and CPU seconds per token of both programs
+             [--rounds 6] [--tokens 16]
+    soak     clients of all kinds that come, go and leave for some minutes: the curve of memory, files and answers
+             [--minutes 5]
 """
-import argparse, asyncio, json, os, random, re, resource, statistics, subprocess, sys, time
+import argparse, asyncio, json, multiprocessing, os, queue, random, re, resource, socket, statistics, subprocess, sys, time
+
+# Rounds in which every thread meets its largest load once, and the allocator keeps that much; memory is judged behind them.
+WARM = 3
 
 
 class Refused(Exception):
@@ -27,6 +33,15 @@ async def send(address, body, path="/v1/completions"):
     return reader, writer
 
 
+def joined(data):
+    """A body that came in chunks."""
+    whole = b""
+    while data:
+        size, data = data.split(b"\r\n", 1)
+        whole, data = whole + data[:int(size, 16)], data[int(size, 16) + 2:]
+    return whole
+
+
 async def ask(address, body, path="/v1/completions"):
     """The text of an answer, and the seconds it took."""
     start = time.perf_counter()
@@ -41,6 +56,8 @@ async def ask(address, body, path="/v1/completions"):
         raise Refused(took)
     if b" 200 " not in head.split(b"\r\n")[0]:
         raise RuntimeError(answer[:300].decode(errors="replace"))
+    if b"transfer-encoding: chunked" in head.lower():
+        text = joined(text)
     return text.decode(), took
 
 
@@ -69,9 +86,26 @@ def body(args, i):
     }
 
 
+def prober(address, stop, found):
+    """Asks every 20 ms and notes how long refusals take. It has a process of its own: the clients keep theirs busy."""
+    host, port = address.split(":")
+    data = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    while not stop.is_set():
+        with socket.create_connection((host, int(port))) as s:
+            s.sendall(request)
+            start = time.perf_counter()
+            if b" 503 " in s.recv(100).split(b"\r\n")[0]:
+                found.put(time.perf_counter() - start)
+        time.sleep(0.02)
+
+
 async def clients(args, address, pid):
     alone = [(await complete(address, body(args, i)))[0] for i in range(args.clients)]
     refusals = []
+    stop, found = multiprocessing.Event(), multiprocessing.Queue()
+    beside = multiprocessing.Process(target=prober, args=(address, stop, found), daemon=True)
+    beside.start()
 
     async def until_answered(i):
         while True:
@@ -97,11 +131,22 @@ async def clients(args, address, pid):
         p99 = times[int(len(times) * 0.99)]
         print(f"| {n + 1} | {len(answers)} | {different} | {len(refusals) - before} | {rate:.0f} | {statistics.median(times):.2f} | "
               f"{p99:.2f} | {size:.1f} | {files} |", flush=True)
-    if refusals:
-        print(f"a 503 took {statistics.median(refusals) * 1e3:.0f} ms in the median, {max(refusals) * 1e3:.0f} ms at most (the client's part included)")
-    growth = sizes[-1] / sizes[0] - 1
-    print(f"memory from the first round to the last: {growth * 100:+.2f} %")
-    return wrong == 0 and growth < 0.05
+    stop.set()
+    times = []
+    while beside.is_alive() or not found.empty():
+        try:
+            times.append(found.get(timeout=0.1) * 1e3)
+        except queue.Empty:
+            pass
+    times.sort()
+    fast = True
+    if times:
+        p99 = times[int(len(times) * 0.99)]
+        print(f"{len(times)} refusals of the process beside: median {statistics.median(times):.1f} ms, p99 {p99:.1f} ms, most {times[-1]:.1f} ms")
+        fast = p99 < 50
+    grown = max(sizes[WARM:]) / max(sizes[:WARM]) - 1
+    print(f"memory, the most behind round {WARM} against the most before: {grown * 100:+.2f} %")
+    return wrong == 0 and grown < 0.05 and fast
 
 
 async def leaver(args, address, i):
@@ -164,49 +209,142 @@ async def idle(args, address, pid):
     return beside[1] < 2 * before[1]
 
 
+def cpu_seconds(pid):
+    fields = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def overhead(args, address, pid):
+    bench = [args.program, "bench", *(["-m", args.model] if args.model else []), "-t", str(args.threads), "-p", "0", "-n", str(args.tokens)]
+    wanted = {"prompt": "Once", "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+
+    def benched(repetitions):
+        before = os.times()
+        out = subprocess.run([*bench, "-r", str(repetitions), "--no-probe", "-o", "jsonl"], capture_output=True, text=True, check=True)
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        return json.loads(out.stdout)["samples_ts"], used
+
+    async def streamed():
+        used = cpu_seconds(pid)
+        reader, writer = await send(address, wanted)
+        await reader.readuntil(b"data: ")
+        start = time.perf_counter()
+        rest = await reader.read()
+        took = time.perf_counter() - start
+        writer.close()
+        if b"[DONE]" not in rest:
+            raise RuntimeError(rest[:300].decode(errors="replace"))
+        # The first token comes with the prompt's pass.
+        return (args.tokens - 1) / took, (cpu_seconds(pid) - used) / args.tokens
+
+    await streamed()
+    print("| pair | bench tokens/s | server tokens/s | CPU ms per token: bench | server |\n|---:|---:|---:|---:|---:|", flush=True)
+    speeds, costs = [], []
+    for n in range(args.rounds):
+        # The difference of two runs is without loading the model.
+        (few, short), (many, long) = benched(1), benched(5)
+        fast, cost = max(few + many), (long - short) / 4 / args.tokens
+        rounds = [await streamed() for _ in range(6)]
+        speed, ours = max(r[0] for r in rounds), sum(r[1] for r in rounds) / len(rounds)
+        speeds.append(fast / speed - 1)
+        costs.append(ours / cost - 1)
+        print(f"| {n + 1} | {fast:.2f} | {speed:.2f} | {cost * 1e3:.3f} | {ours * 1e3:.3f} |", flush=True)
+    print(f"median overhead: {statistics.median(speeds) * 100:+.1f} % of time, {statistics.median(costs) * 100:+.1f} % of CPU time")
+    return statistics.median(speeds) < 0.03
+
+
+def mixed(args, i):
+    """The path and the body of one of many kinds of requests."""
+    plain, said = body(args, i), [{"role": "user", "content": f"Tell me of dog number {i}."}]
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+    return [
+        ("/v1/completions", plain),
+        ("/v1/completions", {**plain, "stream": True, "n": 2, "stop": ["."]}),
+        ("/v1/completions", {**plain, "echo": True, "logprobs": 2, "max_tokens": i % 3}),
+        ("/v1/completions", {**plain, "prompt": "Once upon a time. " * (10 + i)}),
+        ("/v1/chat/completions", {"messages": said, "max_tokens": args.tokens, "seed": i, "stream": i % 2 == 0}),
+        ("/v1/chat/completions", {"messages": said, "max_tokens": args.tokens, "seed": i, "json_schema": schema}),
+        ("/v1/embeddings", {"input": [f"dog {i}", "The sun was warm."]}),
+        ("/tokenize", {"prompt": "The sun was warm. " * i}),
+    ][i % 8]
+
+
+def stable(text):
+    """What of an answer depends on the request alone."""
+    if not text.startswith("data: "):
+        return {k: v for k, v in json.loads(text).items() if k not in ("id", "created", "timings", "usage")}
+    # How a text is cut into events depends on the clock.
+    events, texts = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")], {}
+    for choice in (c for event in events for c in event["choices"]):
+        piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        texts[choice["index"]] = texts.get(choice["index"], "") + piece
+    return texts
+
+
+async def refused(address, i):
+    """Whether a bad body is refused as such."""
+    bad = [{"prompt": 3}, {"prompt": "a", "n": 1000}, {"prompt": "word " * 100_000}, {"prompt": "a", "json_schema": {"type": "x"}}][i % 4]
+    try:
+        await ask(address, bad)
+    except Refused:
+        return True
+    except RuntimeError as problem:
+        return " 400 " in str(problem)
+    return False
+
+
 async def soak(args, address, pid):
-    answered, left, wrong, stop = 0, 0, 0, time.perf_counter() + args.minutes * 60
-    alone = {i: (await complete(address, body(args, i)))[0] for i in range(50)}
+    answered, left, bad, wrong = 0, 0, 0, 0
+    alone = {}
+    for i in range(48):
+        path, wanted = mixed(args, i)
+        alone[i] = stable((await ask(address, wanted, path))[0])
+    stop = time.perf_counter() + args.minutes * 60
 
     async def client(which):
-        nonlocal answered, left, wrong
+        nonlocal answered, left, bad, wrong
         draw = random.Random(which)
         while time.perf_counter() < stop:
-            i = draw.randrange(50)
-            if draw.random() < 0.1:
+            i, kind = draw.randrange(48), draw.random()
+            if kind < 0.1:
                 await leaver(args, address, i)
                 left += 1
-                continue
-            try:
-                wrong += (await complete(address, body(args, i)))[0] != alone[i]
-                answered += 1
-            except Refused:
-                await asyncio.sleep(0.5)
+            elif kind < 0.15:
+                wrong += not await refused(address, i)
+                bad += 1
+            else:
+                try:
+                    path, wanted = mixed(args, i)
+                    wrong += stable((await ask(address, wanted, path))[0]) != alone[i]
+                    answered += 1
+                except Refused:
+                    await asyncio.sleep(0.5)
 
     async def watch():
-        print("| seconds | answered | different | left | resident MiB | open files |\n|---:|---:|---:|---:|---:|---:|", flush=True)
+        print("| seconds | answered | refused as bad | different | left | resident MiB | open files |\n|---:|---:|---:|---:|---:|---:|---:|", flush=True)
         begin, sizes = time.perf_counter(), []
         while time.perf_counter() < stop - 1:
             await asyncio.sleep(args.minutes * 60 / 10 - 0.05)
             size, files = resident(pid)
             sizes.append(size)
-            print(f"| {time.perf_counter() - begin:.0f} | {answered} | {wrong} | {left} | {size:.1f} | {files} |", flush=True)
+            print(f"| {time.perf_counter() - begin:.0f} | {answered} | {bad} | {wrong} | {left} | {size:.1f} | {files} |", flush=True)
         return sizes
 
     sizes, *_ = await asyncio.gather(watch(), *(client(i) for i in range(args.at_once)))
-    half = len(sizes) // 2
-    growth = max(sizes[half:]) / max(sizes[:half]) - 1
-    print(f"memory, the second half against the first: {growth * 100:+.2f} %")
+    # The first three tenths are for caches and for what the allocator keeps of the busiest moment.
+    growth = max(sizes[7:]) / max(sizes[3:7]) - 1
+    print(f"memory, the last three tenths against the four before: {growth * 100:+.2f} %")
     return wrong == 0 and growth < 0.01
 
 
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("program")
-    args.add_argument("mode", nargs="?", default="clients", choices=["clients", "leave", "idle", "soak"])
+    args.add_argument("mode", nargs="?", default="clients", choices=["clients", "leave", "idle", "overhead", "soak"])
     args.add_argument("--model")
     args.add_argument("--clients", type=int)
-    args.add_argument("--rounds", type=int, default=5)
+    args.add_argument("--rounds", type=int, default=6)
     args.add_argument("--tokens", type=int, default=16)
     args.add_argument("--sockets", type=int, default=10_000)
     args.add_argument("--minutes", type=float, default=5)
@@ -214,6 +352,8 @@ def main():
     args.add_argument("-t", "--threads", type=int, default=2)
     args.add_argument("--parallel", type=int, default=8)
     args = args.parse_args()
+    if args.mode == "clients" and args.rounds <= WARM:
+        sys.exit(f"--rounds: more than {WARM} are needed")
     args.clients = args.clients or {"leave": 3000}.get(args.mode, 200)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -224,7 +364,7 @@ def main():
     if address is None:
         sys.exit("the server did not start")
     try:
-        good = asyncio.run({"clients": clients, "leave": leave, "idle": idle, "soak": soak}[args.mode](args, address, server.pid))
+        good = asyncio.run({"clients": clients, "leave": leave, "idle": idle, "overhead": overhead, "soak": soak}[args.mode](args, address, server.pid))
     finally:
         server.terminate()
         server.wait(60)

@@ -268,6 +268,51 @@ fn no_text_is_written() {
     }
 }
 
+/// Row 11: a template of the model that loops, or builds or writes without end, costs its own requests an error. Others are
+/// answered beside them, and no client can bring a template.
+#[test]
+fn hostile_templates_stop_nobody_else() {
+    let hostile = [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}",
+        "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "{{ 'word ' * 3000000 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ];
+    let files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+    let chat = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 2 });
+    for template in hostile {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in files {
+            if let Some(bytes) = lacuna::embedded::file(name) {
+                fs::write(dir.path().join(name), &bytes[..]).expect("written");
+            }
+        }
+        fs::write(dir.path().join("chat_template.jinja"), template).expect("written");
+        let server = Running::new(&[dir.path().to_str().expect("UTF-8")]);
+        let client = server.client;
+        let body = chat.clone();
+        let chats: Vec<_> = (0..4)
+            .map(|_| {
+                let body = body.clone();
+                spawn(move || client.post("/v1/chat/completions", &body))
+            })
+            .collect();
+        for _ in 0..5 {
+            assert_eq!(client.ok("/v1/completions", &greedy("Once", 5))["usage"]["completion_tokens"], 5);
+        }
+        for answer in chats.into_iter().map(|c| c.join().expect("no panic")) {
+            assert_eq!(answer.status, 400, "{template}: {}", answer.text());
+            assert!(answer.text().len() < 10_000, "messages are short");
+        }
+        assert_eq!(server.metric("lacuna_panics_total"), 0);
+    }
+    let server = Running::new(&[]);
+    let plain = server.client.ok("/apply-template", &chat);
+    let mut brought = chat;
+    brought["chat_template"] = json!("{{ 'mine' }}");
+    assert_eq!(server.client.ok("/apply-template", &brought), plain);
+}
+
 /// `--memory` counts the keys and values of all answers, kept prefixes, and the weights that plans have copies of.
 #[test]
 fn the_memory_of_all_plans_counts() {

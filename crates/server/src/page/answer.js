@@ -146,7 +146,8 @@ export class Answer {
       token.step = step;
       token.node = document.createElement("span");
       token.node.className = "tok";
-      token.node.textContent = p.text;
+      // The space that parts it from the prompt would look like an indentation.
+      token.node.textContent = this.tokens.length ? p.text : p.text.trimStart();
       if (token.probability !== null) token.node.style.setProperty("--u", (1 - token.probability).toFixed(3));
       this.out.append(token.node);
       this.tokens.push(token);
