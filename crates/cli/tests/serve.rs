@@ -278,7 +278,8 @@ fn hostile_templates_stop_nobody_else() {
         "{{ 'word ' * 3000000 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ];
-    let files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+    let files =
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
     let chat = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 2 });
     for template in hostile {
         let dir = tempfile::tempdir().expect("a directory");

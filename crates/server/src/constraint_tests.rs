@@ -264,7 +264,8 @@ fn large() -> Tokenizer {
     types.resize(tokens.len(), 6);
     let mut random = Random(5);
     let mut known: std::collections::HashSet<String> = tokens.iter().cloned().collect();
-    let marks = ["\"", "{\"", "\":", "\",\"", "\": \"", "\"}", "[", "],", "}", "},{", "true", "null", " \"", ": ", ",\n"];
+    let marks =
+        ["\"", "{\"", "\":", "\",\"", "\": \"", "\"}", "[", "],", "}", "},{", "true", "null", " \"", ": ", ",\n"];
     let mut add = |word: String| {
         if known.insert(word.clone()) {
             tokens.push(word);
@@ -340,7 +341,9 @@ fn masks_take_at_most_five_milliseconds() {
                     let masked = constraint.mask(&mut logits);
                     times.push(computed(start) - before);
                     let allowed: Vec<u32> = (0..size as u32).filter(|&id| logits[id as usize] == 0.0).collect();
-                    let Some(&id) = allowed.get(random.below(allowed.len().max(1))).filter(|_| masked.is_ok()) else { break };
+                    let Some(&id) = allowed.get(random.below(allowed.len().max(1))).filter(|_| masked.is_ok()) else {
+                        break;
+                    };
                     if constraint.accept(id) != Ok(Stopped::No) {
                         break;
                     }
@@ -348,7 +351,11 @@ fn masks_take_at_most_five_milliseconds() {
             }
             times.sort();
             let (half, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
-            println!("{size} tokens, {kind}: {} masks, median {half:?}, p99 {p99:?}, most {:?}", times.len(), times[times.len() - 1]);
+            println!(
+                "{size} tokens, {kind}: {} masks, median {half:?}, p99 {p99:?}, most {:?}",
+                times.len(),
+                times[times.len() - 1]
+            );
             assert!(times.len() > 100, "{size} tokens, {kind}: {}", times.len());
             assert!(p99 <= Duration::from_millis(5) || cfg!(debug_assertions), "{size} tokens, {kind}: {p99:?}");
         }

@@ -168,7 +168,8 @@ fn refusals_take_no_time() {
     let _alone = alone();
     let server = Arc::new(Server::new(&Setup { parallel: 2, queue: 4, threads: 2, ..Setup::default() }));
     // Sixteen answers of one request: two are written, the others fill the queue for seconds.
-    let long = json!({ "prompt": "Once", "max_tokens": 480, "ignore_eos": true, "temperature": 0, "n": 16 }).to_string();
+    let long =
+        json!({ "prompt": "Once", "max_tokens": 480, "ignore_eos": true, "temperature": 0, "n": 16 }).to_string();
     let schema = json!({ "type": "array", "items": { "type": "string", "pattern": "(a{1,30}){1,30}" } });
     let costly = json!({ "prompt": "word ".repeat(4000), "max_tokens": 1, "json_schema": schema }).to_string();
     let bodies = [costly, greedy("Once", 1).to_string()];

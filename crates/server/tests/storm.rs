@@ -180,7 +180,11 @@ fn in_every_drawn_order_all_jobs_end_as_they_do_alone() {
                 5 => std::thread::sleep(Duration::from_micros(random.below(3000) as u64)),
                 _ => open.retain_mut(|(kind, receiver, said)| {
                     let ended = read(receiver, said);
-                    assert!(!ended || *said == want[*kind], "seed {seed}, kind {kind}: {said:?}, alone {:?}", want[*kind]);
+                    assert!(
+                        !ended || *said == want[*kind],
+                        "seed {seed}, kind {kind}: {said:?}, alone {:?}",
+                        want[*kind]
+                    );
                     !ended
                 }),
             }
