@@ -128,9 +128,9 @@ fn leave(client: Client, i: u64) {
     let _ = socket.shutdown(Shutdown::Both);
 }
 
-/// Rows 14 and 35: a thousand clients leave at random times; nothing of theirs stays.
+/// Rows 14 and 35: thousands of clients leave at random times; nothing of theirs stays.
 #[test]
-fn a_thousand_clients_that_leave_cost_nothing() {
+fn thousands_of_clients_that_leave_cost_nothing() {
     let server = Running::new(&["--prefix-cache", "0", "-c", "512"]);
     let quiet = || {
         let start = Instant::now();
@@ -148,9 +148,9 @@ fn a_thousand_clients_that_leave_cost_nothing() {
         threads.collect::<Vec<_>>().into_iter().for_each(|t| t.join().expect("no panic"));
         quiet()
     };
-    // Buffers and free blocks grow to what the busiest moment needs.
-    let (memory, files) = round(0, 250);
-    let (later, still) = round(250, 1000);
+    // Buffers, free blocks and what the allocator keeps grow to what the busiest moment needs.
+    let (memory, files) = round(0, 1000);
+    let (later, still) = round(1000, 2500);
     assert!(server.metric("lacuna_requests_cancelled_total") > 100);
     assert_eq!(server.metric("lacuna_panics_total"), 0);
     assert!(later as f64 <= memory as f64 * 1.05 + (1 << 20) as f64, "{memory} bytes became {later}");
