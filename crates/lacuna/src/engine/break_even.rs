@@ -33,6 +33,9 @@ fn default_zeros(format: Format) -> f32 {
     }
 }
 
+/// Raised when kernels change their speed: what was measured with others is measured again.
+const KERNELS: u32 = 2;
+
 /// How much of the dense time a bitmap may take: prefill pays for unpacking it.
 const WORTH: f64 = 0.9;
 
@@ -106,7 +109,7 @@ fn zeros_of(format: Format) -> String {
 }
 
 fn file(root: &Path, threads: usize) -> PathBuf {
-    root.join(format!("break-even-{}-{threads}.json", isa::get().name()))
+    root.join(format!("break-even-{KERNELS}-{}-{threads}.json", isa::get().name()))
 }
 
 /// Measures the kept share at which selecting and summing kept columns takes as long as the dense dot form, for a

@@ -203,15 +203,19 @@ impl LayoutCache {
         let end = if layout == Layout::Bitmap { ".bitmap" } else { "" };
         let path = folder.join(format!("{}.{expert}{}.{}{end}", wanted.layer, wanted.proj, form.format.name()));
         match read(&path, wanted.weight, form) {
-            Ok(weight) => return weight,
+            Ok(Some(weight)) => return weight,
+            Ok(None) => tracing::debug!("{} is of another version and made again", path.display()),
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => tracing::warn!("converted layout is made again: {e}"),
+            Err(e) => {
+                tracing::warn!("a converted layout is not what was written and made again: {}", path.display());
+                tracing::debug!("{e}");
+            }
         }
         let copy = layout.make(wanted.weight);
         // From here on only the copy is read.
         wanted.weight.bytes().release();
         match write(&path, &copy).and_then(|()| read(&path, wanted.weight, form)) {
-            Ok(mapped) => mapped,
+            Ok(mapped) => mapped.unwrap_or(copy),
             Err(e) => {
                 tracing::warn!("converted layout stays in memory: {e}");
                 copy
@@ -258,13 +262,16 @@ fn bad(path: &Path, found: &str) -> Error {
     Error::malformed(found, "a converted layout of this matrix").in_file(path)
 }
 
-/// Maps a stored copy of `original` in `form`, or says what is wrong with it.
-fn read(path: &Path, original: &Weight, form: CopyForm) -> Result<Weight> {
+/// Maps a stored copy of `original` in `form`, or says what is wrong with it; `None` if another version of the program wrote it.
+fn read(path: &Path, original: &Weight, form: CopyForm) -> Result<Option<Weight>> {
     let Stored { header, data } = open_stored(path)?;
+    if header.version != VERSION {
+        return Ok(None);
+    }
     let weight = Weight::new(form.format, form.orientation, original.outputs(), original.inputs(), data)
         .ok_or_else(|| bad(path, "data of another length"))?;
     if !header.is_of(&weight) {
-        return Err(bad(path, "another version, shape, format or checksum"));
+        return Err(bad(path, "another shape, format or checksum"));
     }
     let changed = fs::metadata(path).and_then(|m| m.modified()).map_err(Error::io(path, "examine"))?;
     if changed != header.time() {
@@ -276,7 +283,7 @@ fn read(path: &Path, original: &Weight, form: CopyForm) -> Result<Weight> {
             tracing::debug!("{e}");
         }
     }
-    Ok(weight)
+    Ok(Some(weight))
 }
 
 /// Reads every converted layout below the cache `root` in full and removes those whose data is not what was written
