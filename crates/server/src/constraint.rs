@@ -113,9 +113,11 @@ impl Grammars {
             ParserFactory::new(&env, InferenceCapabilities::default(), &slices).map_err(|e| broken(&e))?;
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
-            // At llguidance's own figures (14,000 units of lexer fuel and 20,000 items per ms) this is below 5 ms.
-            step_lexer_fuel: 50_000,
-            step_max_items: 30_000,
+            // By llguidance's own figures (14,000 units of lexer fuel and 20,000 items per ms) several times as much would do, but
+            // items of ambiguous grammars cost far more: 30,000 of those of `start: start start | /[a-z]/` took 280 ms. A row of
+            // a large schema may have 2,000 items (`max_items_in_row`).
+            step_lexer_fuel: 12_000,
+            step_max_items: 2_000,
             max_lexer_states: 50_000,
             verbose_errors: false,
             ..ParserLimits::default()
