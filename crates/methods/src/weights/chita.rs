@@ -176,40 +176,51 @@ const LEAST_GAIN: f64 = 1e-6;
 /// Doublings of a step that are tried.
 const DOUBLINGS: usize = 5;
 
-/// The places that hard thresholding finds; the objective falls with every step.
-fn search(
-    p: &Problem,
-    steps: usize,
-    choose: &dyn Fn(&[f64]) -> Result<Vec<bool>, MethodError>,
-) -> Result<Vec<bool>, MethodError> {
-    let thresholded = |from: &[f64], down: &[f64], step: f64| -> Result<(Vec<bool>, Vec<f64>), MethodError> {
-        let mut v: Vec<f64> = from.iter().zip(down).map(|(v, d)| v + step * d).collect();
+/// Which entries stay, by their values.
+type Choose<'a> = dyn Fn(&[f64]) -> Result<Vec<bool>, MethodError> + 'a;
+
+/// A point of the search.
+struct Point {
+    kept: Vec<bool>,
+    v: Vec<f64>,
+    /// The way down from it.
+    down: Vec<f64>,
+    objective: f64,
+}
+
+impl Point {
+    /// The point one step from `v` along `down`, with the largest entries.
+    fn at(p: &Problem, v: &[f64], down: &[f64], step: f64, choose: &Choose<'_>) -> Result<Self, MethodError> {
+        let mut v: Vec<f64> = v.iter().zip(down).map(|(v, d)| v + step * d).collect();
         let kept = choose(&v)?;
         v.iter_mut().zip(&kept).filter(|(_, k)| !**k).for_each(|(v, _)| *v = 0.0);
-        Ok((kept, v))
-    };
-    let (mut kept, mut v) = thresholded(&p.start, &vec![0.0; p.start.len()], 0.0)?;
-    let (mut down, mut objective) = p.descent(&v);
+        let (down, objective) = p.descent(&v);
+        Ok(Self { kept, v, down, objective })
+    }
+}
+
+/// The places that hard thresholding finds; the objective falls with every step.
+fn search(p: &Problem, steps: usize, choose: &Choose<'_>) -> Result<Vec<bool>, MethodError> {
+    let mut now = Point::at(p, &p.start, &vec![0.0; p.start.len()], 0.0, choose)?;
     for _ in 0..steps {
-        let mut best: Option<(Vec<bool>, Vec<f64>, Vec<f64>, f64)> = None;
+        let mut best: Option<Point> = None;
         let mut step = 1.0 / p.lipschitz;
         for _ in 0..=DOUBLINGS {
-            let (k, next) = thresholded(&v, &down, step)?;
-            let (d, o) = p.descent(&next);
-            if o >= best.as_ref().map_or(objective, |b| b.3) {
+            let next = Point::at(p, &now.v, &now.down, step, choose)?;
+            if next.objective >= best.as_ref().map_or(now.objective, |b| b.objective) {
                 break;
             }
-            best = Some((k, next, d, o));
+            best = Some(next);
             step *= 2.0;
         }
-        let Some((k, next, d, o)) = best else { break };
-        let gain = objective - o;
-        (kept, v, down, objective) = (k, next, d, o);
-        if gain < LEAST_GAIN * objective {
+        let Some(best) = best else { break };
+        let gain = now.objective - best.objective;
+        now = best;
+        if gain < LEAST_GAIN * now.objective {
             break;
         }
     }
-    Ok(kept)
+    Ok(now.kept)
 }
 
 /// Row by row, the weights at the places `kept` with the smallest error: `w_S = w0_S + (C_SS)^-1 C_SR w0_R`.

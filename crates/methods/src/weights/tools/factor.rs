@@ -66,7 +66,7 @@ pub struct Damped {
 pub fn damped(layer: &Layer<'_>) -> Result<Damped, MethodError> {
     let n = layer.inputs;
     let (result, notes) = with_damping(layer, |at| {
-        let gram = Mat::from_fn(n, n, |i, j| at(i, j));
+        let gram = Mat::from_fn(n, n, at);
         Some((cholesky(gram.clone(), Par::rayon(0))?, gram))
     })?;
     let ((lower, gram), seen) = (result, seen(layer)?.1);
