@@ -36,7 +36,7 @@ pub struct LoadArgs {
     /// Look for NaN and infinities in all weights first.
     #[arg(long, env = "LACUNA_CHECK_TENSORS")]
     pub check_tensors: bool,
-    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    /// Read all matrices as they are: none as bitmaps (done where many zeros make that faster), none from `model.lacuna`.
     #[arg(long, env = "LACUNA_NO_BITMAPS")]
     pub no_bitmaps: bool,
     /// Prompt tokens processed together.

@@ -191,6 +191,9 @@ fn load(name: Option<&str>, ctx: Option<usize>, args: &LoadArgs, base: Base) -> 
         need.weights -= if stays { 0 } else { packed.dense_bytes.min(need.weights) };
         within(&need, args.memory)?;
     }
+    // Nobody will ask for what was read and is kept in another form now.
+    let unread = base == Base::Dropped && plan.is_none() && args.load_mode == LoadMode::Read;
+    let dense = if unread { dense.without_originals() } else { dense };
     let (engine, dense, plan, label) = match plan {
         Some(plan) => {
             let sparse = sparse::with_plan(&plan, &dense)?;

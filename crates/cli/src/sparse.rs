@@ -16,9 +16,6 @@ use lacuna_core::{plan::Plan, statistics::Statistics};
 use lacuna_methods::registry;
 use std::sync::Arc;
 
-/// What labels say of an engine with bitmaps.
-pub const BITMAPS: &str = "+bitmaps";
-
 /// An engine with a plan, and the plan's name.
 pub struct Sparse {
     /// The engine.
@@ -81,14 +78,15 @@ pub fn with_plan(plan: &Plan, dense: &Engine) -> Result<Sparse> {
         plan: Some(compiled.plan),
     };
     let engine = Engine::new(compiled.model, options)?;
-    let engine = match dense.has_bitmaps() {
+    let packed = match dense.has_bitmaps() {
         true => {
             let options = BitmapOptions::for_model(cache::root().as_deref(), &model.hash, dense.threads());
-            engine.with_bitmaps(&options, &|_, _| {})?.map_or(engine, |(packed, _)| packed)
+            engine.with_bitmaps(&options, &|_, _| {})?
         }
-        false => engine,
+        false => None,
     };
-    let label = if engine.has_bitmaps() { format!("{} {BITMAPS}", plan.method) } else { plan.method.clone() };
+    let label = packed.as_ref().map_or(plan.method.clone(), |(_, p)| format!("{} {}", plan.method, p.label()));
+    let engine = packed.map_or(engine, |(packed, _)| packed);
     Ok(Sparse { engine, label })
 }
 

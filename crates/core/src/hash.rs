@@ -48,6 +48,46 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+/// Remainders of a byte at eight places, of the reflected Castagnoli polynomial.
+const CRC32C: [[u32; 256]; 8] = {
+    let mut tables = [[0; 256]; 8];
+    let mut i = 0;
+    while i < 256 {
+        let (mut crc, mut bit) = (i as u32, 0);
+        while bit < 8 {
+            crc = crc >> 1 ^ (crc & 1) * 0x82f6_3b78;
+            bit += 1;
+        }
+        tables[0][i] = crc;
+        i += 1;
+    }
+    let mut i = 0;
+    while i < 256 {
+        let mut place = 1;
+        while place < 8 {
+            let before: u32 = tables[place - 1][i];
+            tables[place][i] = before >> 8 ^ tables[0][(before & 255) as usize];
+            place += 1;
+        }
+        i += 1;
+    }
+    tables
+};
+
+/// CRC-32C (Castagnoli, RFC 3720 appendix B.4) of `bytes`, eight at a time by tables.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    let (eights, rest) = bytes.as_chunks::<8>();
+    let mut crc = !0_u32;
+    for eight in eights {
+        let word = u64::from_le_bytes(*eight) ^ u64::from(crc);
+        crc = (0..8).fold(0, |sum, place| sum ^ CRC32C[7 - place][(word >> (8 * place) & 255) as usize]);
+    }
+    for byte in rest {
+        crc = crc >> 8 ^ CRC32C[0][(crc as u8 ^ byte) as usize];
+    }
+    !crc
+}
+
 /// Length first, so that the border between two fields cannot move.
 fn put(hash: &mut Sha256, field: &[u8]) {
     hash.update((field.len() as u64).to_le_bytes());
@@ -83,6 +123,16 @@ mod tests {
     #[test]
     fn sha256_of_abc() {
         assert_eq!(sha256(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    /// RFC 3720, appendix B.4, and the usual check value.
+    #[test]
+    fn crc32c_of_known_bytes() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+        assert_eq!(crc32c(&(0..32).collect::<Vec<u8>>()), 0x46dd_794e);
+        assert_eq!(crc32c(b""), 0);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use lacuna_kernels::{
     Format, Matrix,
     axpy::{Columns, groups::Groups},
     bitmap::Bitmap,
+    codebook::{self, Codebook},
     gemm::Weights,
 };
 
@@ -20,6 +21,9 @@ pub enum Orientation {
     InputGroups,
     /// One run per output without its zeros: dot form ([`lacuna_kernels::bitmap`]).
     Bitmap,
+    /// One run of codes of pairs per output: dot form ([`lacuna_kernels::codebook`]). The format is that of the numbers
+    /// they stand for, [`lacuna_kernels::codebook::DENSE`].
+    Codebook,
 }
 
 impl Orientation {
@@ -30,6 +34,7 @@ impl Orientation {
             Self::InputMajor => "input-major",
             Self::InputGroups => "input-groups",
             Self::Bitmap => "bitmap",
+            Self::Codebook => "codebook",
         }
     }
 }
@@ -52,6 +57,8 @@ impl Weight {
             Orientation::InputMajor => drop(Matrix::new(format, inputs, outputs, &bytes)?),
             Orientation::InputGroups => drop(Groups::new(format, outputs, inputs, &bytes)?),
             Orientation::Bitmap => drop(Bitmap::new(format, outputs, inputs, &bytes)?),
+            Orientation::Codebook if format != codebook::DENSE => return None,
+            Orientation::Codebook => drop(Codebook::new(outputs, inputs, &bytes)?),
         }
         Some(Self { format, orientation, outputs, inputs, bytes })
     }
@@ -59,12 +66,14 @@ impl Weight {
     /// The runs, which is how model files hold weights.
     ///
     /// # Panics
-    /// For [`Orientation::InputGroups`] and [`Orientation::Bitmap`], which only converted copies have.
+    /// For [`Orientation::InputGroups`], [`Orientation::Bitmap`] and [`Orientation::Codebook`], which only copies have.
     pub fn matrix(&self) -> Matrix<'_> {
         let (rows, cols) = match self.orientation {
             Orientation::OutputMajor => (self.outputs, self.inputs),
             Orientation::InputMajor => (self.inputs, self.outputs),
-            Orientation::InputGroups | Orientation::Bitmap => panic!("a converted weight has no runs"),
+            Orientation::InputGroups | Orientation::Bitmap | Orientation::Codebook => {
+                panic!("a converted weight has no runs")
+            }
         };
         Matrix::new(self.format, rows, cols, &self.bytes).expect("checked when the weight was made")
     }
@@ -76,18 +85,21 @@ impl Weight {
             Orientation::InputMajor => Weights::InputMajor(self.matrix()),
             Orientation::InputGroups => Weights::Groups(self.groups()),
             Orientation::Bitmap => Weights::Bitmap(self.bitmap()),
+            Orientation::Codebook => Weights::Codebook(self.codebook()),
         }
     }
 
     /// The columns, for sums over chosen channels.
     ///
     /// # Panics
-    /// For [`Orientation::OutputMajor`] and [`Orientation::Bitmap`].
+    /// For orientations by outputs.
     pub fn columns(&self) -> Columns<'_> {
         match self.orientation {
             Orientation::InputGroups => Columns::Groups(self.groups()),
             Orientation::InputMajor => Columns::Runs(self.matrix()),
-            Orientation::OutputMajor | Orientation::Bitmap => panic!("a weight by outputs has no columns"),
+            Orientation::OutputMajor | Orientation::Bitmap | Orientation::Codebook => {
+                panic!("a weight by outputs has no columns")
+            }
         }
     }
 
@@ -98,6 +110,15 @@ impl Weight {
     pub fn bitmap(&self) -> Bitmap<'_> {
         assert_eq!(self.orientation, Orientation::Bitmap, "only bitmaps have packed rows");
         Bitmap::new(self.format, self.outputs, self.inputs, &self.bytes).expect("checked when the weight was made")
+    }
+
+    /// The rows in codes of pairs.
+    ///
+    /// # Panics
+    /// For any other orientation than [`Orientation::Codebook`].
+    pub fn codebook(&self) -> Codebook<'_> {
+        assert_eq!(self.orientation, Orientation::Codebook, "only codebooks have codes of pairs");
+        Codebook::new(self.outputs, self.inputs, &self.bytes).expect("checked when the weight was made")
     }
 
     fn groups(&self) -> Groups<'_> {

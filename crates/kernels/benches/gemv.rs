@@ -7,6 +7,9 @@
 //! machine that others use too). Products and probe are interleaved; each line gives the median rate in GB/s, the best, and the
 //! median of the ratio to the probe pass that ran just before.
 //!
+//! `what=codebook` compares matrices in codes of pairs of 2, 3 and 4 bits with the dense formats: products in turns, the
+//! ratio of times (above 1: the codebook is faster), and both in weights per nanosecond.
+//!
 //! `what=bitmap zeros=50,60,70,80` compares matrices without their zeros with the dense ones of the same format: dense and
 //! packed products in turns, the ratio of their times (median), the ratio of their bytes, and the first over the second.
 
@@ -14,6 +17,7 @@ use lacuna_kernels::{
     Format, Isa, Matrix, Pool,
     axpy::{self, Columns, groups},
     bitmap::{self, Bitmap},
+    codebook::{self, Codebook},
     gemv, isa, probe,
 };
 use std::collections::HashMap;
@@ -62,6 +66,19 @@ fn main() {
                         let zeros = zeros.parse::<f64>().expect("percent of zeros") / 100.0;
                         Pruned::new(format, bytes, cols, zeros).report(isa, &pool, reps, clock);
                     }
+                }
+            }
+        }
+        return;
+    }
+    if what == "codebook" {
+        println!("bits isa     threads  dense   bits/w  dense-w/ns  book-w/ns  speed-up (min-max)  ideal");
+        for bits in 2..=4 {
+            for &isa in &isas {
+                for threads in get("threads", "1,2").split(',') {
+                    let pool = Pool::new(threads.parse().expect("a number of threads"));
+                    let books = Books::new(bits, bytes, cols);
+                    formats.iter().for_each(|f| books.report(*f, isa, &pool, reps, clock));
                 }
             }
         }
@@ -264,6 +281,75 @@ impl Pruned {
         println!(
             "{name:6} {isa:7} {threads:7}  {zeros:4.0}%  {dense:10.1}  {packed:11.1}  {speed:8.2} ({low:.2}-{high:.2})  {ideal:5.2}  {:8.2}",
             speed / ideal
+        );
+    }
+}
+
+/// A matrix in codes of pairs that takes some number of bytes.
+struct Books {
+    bits: usize,
+    rows: usize,
+    cols: usize,
+    packed: Vec<u8>,
+}
+
+impl Books {
+    fn new(bits: usize, bytes: usize, cols: usize) -> Self {
+        let rows = bytes / codebook::row_bytes(bits, cols);
+        // As many weights to a book as the published settings have.
+        let per_book = [8, 32, 128][bits - 2];
+        let (count, spans, size) = (rows.div_ceil(per_book), cols.div_ceil(256), codebook::entries(bits));
+        let pairs = cols.div_ceil(32) * 16;
+        let parts = codebook::Parts {
+            bits,
+            cols,
+            span: 256,
+            of_row: &(0..rows).map(|r| (r / per_book) as u16).collect::<Vec<_>>(),
+            entries: &(0..count * spans * size * 2).map(|i| (i * 37 % 255) as u8 as i8).collect::<Vec<_>>(),
+            exponents: &vec![-10; count * spans],
+            codes: &(0..rows * pairs)
+                .map(|i| (i.wrapping_mul(0x9e37_79b1) >> 13) as u8 & (size - 1) as u8)
+                .collect::<Vec<_>>(),
+        };
+        Self { bits, rows, cols, packed: codebook::pack(&parts).expect("parts that fit") }
+    }
+
+    fn report(&self, format: Format, isa: Isa, pool: &Pool, reps: usize, clock: Clock) {
+        let row = format.run_bytes(self.cols).expect("whole blocks");
+        // As many bytes as the codebook has, so that both come from memory.
+        let dense_rows = self.packed.len() / row;
+        let dense = vec![0x2c; dense_rows * row];
+        let w = Matrix::new(format, dense_rows, self.cols, &dense).expect("sizes fit");
+        let b = Codebook::new(self.rows, self.cols, &self.packed).expect("sizes fit");
+        let values: Vec<f32> = (0..self.cols).map(|i| (i % 17) as f32 - 8.0).collect();
+        let mut x = gemv::Operand::new();
+        x.prepare(&values, &[format, codebook::OPERAND]);
+        let mut y = vec![0.0; self.rows.max(dense_rows)];
+        let (mut plain, mut books, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for rep in 0..=reps {
+            let start = clock();
+            gemv::run_on(isa, pool, &mut [gemv::Job { w, x: &x, y: &mut y[..dense_rows] }]);
+            let dense = (dense_rows * self.cols) as f64 / (clock() - start);
+            let start = clock();
+            codebook::run_on(isa, pool, &mut [codebook::Job { w: b, x: &[&x], y: &mut y[..self.rows] }]);
+            let book = (self.rows * self.cols) as f64 / (clock() - start);
+            if rep > 0 {
+                plain.push(dense / 1e9);
+                books.push(book / 1e9);
+                ratios.push(book / dense);
+            }
+        }
+        let own = 8.0 * self.packed.len() as f64 / (self.rows * self.cols) as f64;
+        let ideal = 8.0 * row as f64 / self.cols as f64 / own;
+        let (low, high) = ratios.iter().fold((f64::MAX, 0.0_f64), |(l, h), &r| (l.min(r), h.max(r)));
+        println!(
+            "{:4} {isa:7} {:7}  {:6}  {own:6.3}  {:10.1}  {:9.1}  {:8.2} ({low:.2}-{high:.2})  {ideal:5.2}",
+            self.bits,
+            pool.threads(),
+            format.name(),
+            median(plain),
+            median(books),
+            median(ratios)
         );
     }
 }

@@ -7,6 +7,7 @@
 //! * [`attention`]: attention over a paged key/value cache, for one query and for many.
 //! * [`axpy`]: weighted sums of chosen input channels (decode).
 //! * [`bitmap`]: matrices without their zeros: a bit per position, and the kept values.
+//! * [`codebook`]: matrices of two to four bits: codes of pairs of weights, and small books of what they stand for.
 //! * [`convert`]: one run of numbers from and to its stored form.
 //! * [`elementwise`]: norms, softmax, rotary embedding, activations.
 //! * [`mod@format`]: how one row of numbers is stored (f32, f16, bf16, quantised blocks).
@@ -20,6 +21,7 @@
 pub mod attention;
 pub mod axpy;
 pub mod bitmap;
+pub mod codebook;
 pub mod convert;
 pub mod elementwise;
 pub mod format;

@@ -116,6 +116,14 @@ fn logits_are_those_of_the_dense_model() {
             assert!(packed.has_bitmaps() && Arc::ptr_eq(packed.model(), &model));
             assert_eq!(packed.bytes_per_token(3), dense.bytes_per_token(3), "the dense figure, to compare with");
             check(&dense, &packed, same_bits(format), &format!("{format:?} {mlp:?}"));
+            // Without the originals, which are free then.
+            let (read, original) = (dense.bytes_per_token(3), Arc::downgrade(&model));
+            drop((dense, model));
+            assert!(original.upgrade().is_some(), "the engine keeps them");
+            let packed = packed.without_originals();
+            assert!(original.upgrade().is_none() && packed.has_bitmaps(), "{format:?} {mlp:?}");
+            assert_eq!(packed.bytes_per_token(3), read, "still the dense figure");
+            assert!(packed.session(8).unwrap().prefill(&[3, 4, 5]).is_ok());
         }
     }
 }
@@ -192,6 +200,7 @@ fn a_compressed_model_runs_by_bitmaps() {
         let output = dir.path().join(spec.replace([',', '=', ':'], "-"));
         let request = Request {
             model: stories.clone(),
+            gguf: false,
             output: output.clone(),
             steps: registry::parse(spec).unwrap(),
             ratios: Ratios::Uniform,

@@ -2,12 +2,13 @@
 //! `tools/check_compressed.py` does that side; without Python or its packages the test says so and passes.
 
 use lacuna::{
-    compress::{Calibration, Request, compress},
+    compress::{Calibration, Goal, Request, compress},
     model::{LoadOptions, load},
     reference,
 };
 use lacuna_methods::{registry, weights::ratios::Ratios};
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -56,21 +57,31 @@ fn transformers_computes_the_same_logits() {
     let dir = tempfile::tempdir().unwrap();
     let vocab = load(&embedded, &LoadOptions::default()).unwrap().spec.vocab;
     let tokens: Vec<u32> = (1..24).map(|i| i * 37 % vocab as u32).collect();
-    for spec in ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0", "cfsp=0.5:multiple=8"] {
-        let output = dir.path().join(spec.replace([',', '=', ':'], "-"));
+    let searched = "rtn=4:group=64 in 6000000 bytes";
+    let specs = ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0", "cfsp=0.5:multiple=8", "gptvq=3:rounds=5"];
+    for spec in specs.into_iter().chain([searched]) {
+        let output = dir.path().join(spec.replace([',', '=', ':', ' '], "-"));
+        let (spec, bytes) = spec.strip_suffix(" bytes").and_then(|s| s.split_once(" in ")).unwrap_or((spec, ""));
         let request = Request {
             model: embedded.clone(),
             output: output.clone(),
+            gguf: false,
             steps: registry::parse(spec).unwrap(),
             ratios: Ratios::Uniform,
-            goal: None,
+            goal: bytes.parse().ok().map(Goal::Bytes),
             lock: None,
             calibration: Some(text(vocab)),
             seed: 0,
             threads: 0,
             streams_in_memory: 1 << 30,
         };
-        compress(&request, &mut |_| {}).unwrap();
+        let report = compress(&request, &mut |_| {}).unwrap();
+        if request.goal.is_some() {
+            // Codes of several widths, one group of the configuration for each.
+            let widths: BTreeSet<_> = report.layers.iter().map(|l| l.bits).collect();
+            let config = fs::read_to_string(output.join("config.json")).unwrap();
+            assert!(widths.len() > 1 && config.contains("group_1"), "{widths:?}");
+        }
         let own = reference::logits(&load(&output, &LoadOptions::default()).unwrap(), &tokens).unwrap();
         let Some(theirs) = transformers(&output, &tokens) else { continue };
         let (low, high) = theirs.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (l.min(*v), h.max(*v)));

@@ -7,8 +7,9 @@ use crate::activations::{
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use crate::weights::{
-    awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, magnitude::Magnitude, patch::Patch,
-    random::Random, rtn::Rtn, sparsegpt::SparseGpt, spectral_sample::SpectralSample, wanda::Wanda,
+    awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, gptvq::Gptvq, kmeans::Kmeans,
+    magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn, sparsegpt::SparseGpt,
+    spectral_sample::SpectralSample, wanda::Wanda,
 };
 use lacuna_core::{
     method::{Method, MethodError, Params},
@@ -42,6 +43,8 @@ pub static METHODS: &[&dyn Method] = &[
     &SparseGpt,
     &Rtn,
     &Gptq,
+    &Gptvq,
+    &Kmeans,
     &Gpfq,
     &Awq,
     &Patch,

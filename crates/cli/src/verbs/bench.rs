@@ -60,7 +60,7 @@ pub struct Args {
     /// Methods to run, as for `run`; `dense` for none. May be given several times.
     #[arg(long, value_name = "SPEC", env = "LACUNA_SPARSE")]
     sparse: Vec<String>,
-    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    /// Read all matrices as they are: none as bitmaps (done where many zeros make that faster), none from `model.lacuna`.
     #[arg(long, env = "LACUNA_NO_BITMAPS")]
     no_bitmaps: bool,
     /// Conversations that generate together, one token each in a pass; t/s counts the tokens of all.

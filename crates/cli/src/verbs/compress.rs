@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use lacuna::{
     calibrate,
-    compress::{Calibration, DEFAULT_TOKENS, Goal, LayerReport, Progress, Report, Request, compress, soup},
+    compress::{self, Calibration, DEFAULT_TOKENS, Goal, LayerReport, Progress, Report, Request, soup},
     model::LoadOptions,
 };
 use lacuna_core::{
@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(short, long, env = "LACUNA_MODEL", conflicts_with = "place")]
     model: Option<String>,
     /// The method (see `lacuna methods`), or several, one after the other: `wanda,gptq`.
-    #[arg(long, value_name = "NAMES", env = "LACUNA_METHOD", required_unless_present_any = ["recipe", "soup"])]
+    #[arg(long, value_name = "NAMES", env = "LACUNA_METHOD", required_unless_present_any = ["recipe", "soup", "gguf"])]
     method: Option<String>,
     /// Share of the weights to drop.
     #[arg(long, value_name = "SHARE", env = "LACUNA_SPARSITY")]
@@ -89,6 +89,9 @@ pub struct Args {
     /// Where the result goes: a directory, or a file that ends in .gguf for a model that is one.
     #[arg(short, long, value_name = "OUT", env = "LACUNA_OUTPUT")]
     output: PathBuf,
+    /// Write a GGUF file of a Hugging Face model (end OUT in .gguf); without a method, the model as it is.
+    #[arg(long, env = "LACUNA_GGUF")]
+    gguf: bool,
     /// A page with the errors and bytes of every layer (ends in .html).
     #[arg(long, value_name = "FILE", env = "LACUNA_REPORT")]
     report: Option<PathBuf>,
@@ -119,6 +122,9 @@ pub fn run(args: Args) -> Result<Outcome> {
     let Some(model) = place.path() else {
         bail!("which model? The one inside the program is no file; name a directory, a GGUF file or org/name")
     };
+    if args.method.is_none() && recipe.is_none() {
+        return convert(&args, model, start);
+    }
     let steps = steps(&args, recipe.as_ref(), &place)?;
     let ratios = args.ratios.as_ref().or(recipe.as_ref().and_then(|r| r.ratios.as_ref()));
     let ratios = ratios.map_or(Ok(Ratios::Uniform), |r| Ratios::parse(r)).map_err(|e| anyhow!(e))?;
@@ -127,6 +133,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let request = Request {
         model: model.to_path_buf(),
         output: args.output.clone(),
+        gguf: args.gguf,
         ratios,
         goal: goal(&args, &mut calibration)?,
         lock: args.lock.clone(),
@@ -140,7 +147,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let mut out = stdout().lock();
     writeln!(out, "{}", Header)?;
     let mut failed = None;
-    let report = compress(&request, &mut |p| match p {
+    let report = compress::compress(&request, &mut |p| match p {
         Progress::Block(done, all) => {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
@@ -191,6 +198,27 @@ fn stir(args: &Args) -> Result<Outcome> {
         report.masked,
         text::percent(report.zeros)
     )?;
+    writeln!(out, "{}", args.output.display())?;
+    Ok(Outcome::Good)
+}
+
+/// `--gguf` alone: the model as a GGUF file.
+fn convert(args: &Args, model: &Path, start: Instant) -> Result<Outcome> {
+    let other = [
+        ("--sparsity", args.sparsity.is_some()),
+        ("--pattern", args.pattern.is_some()),
+        ("--bits", args.bits.is_some()),
+        ("--group", args.group.is_some()),
+        ("--target-bytes", args.target_bytes.is_some()),
+        ("--max-kl", args.max_kl.is_some()),
+    ];
+    if let Some((flag, _)) = other.iter().find(|(_, given)| *given) {
+        bail!("{flag} needs a method: give --method NAME beside --gguf");
+    }
+    let (bytes, notes) = compress::convert(model, &args.output)?;
+    notes.iter().for_each(|n| eprintln!("note: {n}"));
+    let mut out = stdout().lock();
+    writeln!(out, "{} of weights in {:.1} s", text::bytes(bytes), start.elapsed().as_secs_f64())?;
     writeln!(out, "{}", args.output.display())?;
     Ok(Outcome::Good)
 }

@@ -78,7 +78,7 @@ pub struct Args {
     /// Look for NaN and infinities in all weights first.
     #[arg(long, env = "LACUNA_CHECK_TENSORS")]
     check_tensors: bool,
-    /// Keep matrices with many zeros dense, instead of reading them as bitmaps where that is faster.
+    /// Read all matrices as they are: none as bitmaps (done where many zeros make that faster), none from `model.lacuna`.
     #[arg(long, env = "LACUNA_NO_BITMAPS")]
     no_bitmaps: bool,
     /// Most prompt tokens processed together.

@@ -4,4 +4,5 @@
 pub mod config;
 pub mod fuzz;
 pub mod gguf;
+pub mod packed;
 pub mod safetensors;

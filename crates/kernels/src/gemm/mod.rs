@@ -62,7 +62,12 @@ mod transpose;
 #[cfg(test)]
 mod tests;
 
-use crate::{Format, Matrix, Pool, axpy::groups::Groups, bitmap::Bitmap};
+use crate::{
+    Format, Matrix, Pool,
+    axpy::groups::Groups,
+    bitmap::Bitmap,
+    codebook::{self, Codebook},
+};
 
 pub use input::Input;
 
@@ -84,6 +89,8 @@ pub enum Weights<'a> {
     Groups(Groups<'a>),
     /// Output-major rows without their zeros. Products have the bits of the output-major form.
     Bitmap(Bitmap<'a>),
+    /// Output-major rows in codes of pairs. Products have the bits of the same numbers in BF16.
+    Codebook(Codebook<'a>),
 }
 
 impl Weights<'_> {
@@ -93,6 +100,7 @@ impl Weights<'_> {
             Self::OutputMajor(w) | Self::InputMajor(w) => w.format(),
             Self::Groups(w) => w.format(),
             Self::Bitmap(w) => w.format(),
+            Self::Codebook(_) => codebook::DENSE,
         }
     }
 
@@ -103,13 +111,14 @@ impl Weights<'_> {
             Self::InputMajor(w) => (w.cols(), w.rows()),
             Self::Groups(w) => (w.outputs(), w.inputs()),
             Self::Bitmap(w) => (w.rows(), w.cols()),
+            Self::Codebook(w) => (w.rows(), w.cols()),
         }
     }
 
     /// Whether there are no blocks along the inputs that an int8 product could take.
     pub(crate) fn without_blocks(&self) -> bool {
         match self {
-            Self::OutputMajor(_) | Self::Bitmap(_) => false,
+            Self::OutputMajor(_) | Self::Bitmap(_) | Self::Codebook(_) => false,
             Self::InputMajor(_) => true,
             Self::Groups(w) => w.format() == Format::Q4K,
         }

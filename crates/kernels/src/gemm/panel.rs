@@ -11,6 +11,7 @@ use super::transpose::transpose16;
 use super::{TILE_K, TILE_N};
 use crate::axpy::groups::{self, GROUP, Groups};
 use crate::bitmap::Strip;
+use crate::codebook;
 use crate::convert::decode_run;
 use crate::isa::Isa;
 use crate::{Format, Matrix};
@@ -84,6 +85,15 @@ impl Panel {
                 let bytes = scratch.at_least::<u8>(n * row);
                 self.strip.unpack(isa, w, outputs, inputs, bytes);
                 let w = Matrix::new(w.format(), n, k, bytes).expect("a row for every output of the panel");
+                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
+                self.plain = scratch;
+            }
+            Weights::Codebook(w) => {
+                let (n, k) = (outputs.len(), inputs.len());
+                let mut scratch = std::mem::take(&mut self.plain);
+                let bytes = scratch.at_least::<u8>(n * k * codebook::DENSE.block_bytes());
+                codebook::unpack(isa, w, outputs, inputs, bytes);
+                let w = Matrix::new(codebook::DENSE, n, k, bytes).expect("a row for every output of the panel");
                 self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
                 self.plain = scratch;
             }

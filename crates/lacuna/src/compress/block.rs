@@ -255,7 +255,8 @@ impl Task<'_> {
                 format!("the new weight at row {}, column {} is {}", bad / inputs, bad % inputs, now.weight[bad]);
             return Err(Error::Method(MethodError::Layer { place, reason }));
         }
-        if now.codes.is_none() {
+        // Books stand for numbers that every float format holds.
+        if now.codes.is_none() && now.books.is_none() {
             now.weight = rounded(&now.weight, linear.weight.format());
         }
         let dropped = match &now.kept {
@@ -269,7 +270,7 @@ impl Task<'_> {
             inputs,
             dropped: dropped as u64,
             zeros: now.weight.iter().filter(|w| **w == 0.0).count() as u64,
-            bits: now.codes.as_ref().map(|c| c.bits),
+            bits: now.codes.as_ref().map(|c| c.bits).or(now.books.as_ref().map(|b| b.bits)),
             bytes: (0, 0),
             weight_error: relative(&dense, &now.weight, None, inputs),
             output_error: seen.map(|s| output_error(pool, s, &dense, &now.weight, inputs)),

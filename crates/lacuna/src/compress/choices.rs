@@ -12,6 +12,7 @@ use crate::{
     model::{Model, source::Source},
 };
 use lacuna_core::{
+    bytes::Bytes,
     compress::{Pattern, Sight},
     format::{gguf::Gguf, safetensors},
     map::LoadMode,
@@ -268,7 +269,7 @@ impl Plan<'_> {
         let able = |bits: &u32| match bits {
             &UNROUNDED => true,
             // A GGUF file has no smaller blocks than those of 4 bits.
-            2 if self.target == Target::Gguf => false,
+            2 if self.in_blocks() => false,
             bits => step.is_some_and(|s| s.with("bits", f64::from(*bits)).is_ok()),
         };
         let bits: Vec<u32> = [2, 4, 8, UNROUNDED].into_iter().filter(able).collect();
@@ -315,7 +316,7 @@ impl Plan<'_> {
     pub(super) fn home_bytes(&self, source: &Source, home: &Home, bits: Option<u32>) -> u64 {
         let Some((bits, (_, group))) = bits.zip(self.grid) else { return dense_bytes(source, home) };
         let (rows, cols) = (home.outputs as u64, home.inputs as u64);
-        if self.target == Target::Gguf {
+        if self.in_blocks() {
             return rows * block_format(bits).run_bytes(home.inputs).unwrap_or(0) as u64;
         }
         let groups = if group == 0 { 1 } else { cols / group as u64 };
@@ -331,7 +332,12 @@ impl Plan<'_> {
             return sizes.sum();
         }
         let files = safetensors::Model::open(&self.request.model, LoadMode::Map)?;
-        Ok(files.names().filter_map(|n| files.get(n)).map(|t| t.1.len() as u64).sum())
+        let size = |(entry, bytes): (&safetensors::Entry, Bytes)| match entry.shape.len() {
+            // Vectors are F32 there.
+            1 if self.request.gguf => 4 * entry.shape[0],
+            _ => bytes.len() as u64,
+        };
+        Ok(files.names().filter_map(|n| files.get(n)).map(size).sum())
     }
 
     /// That the goal is one that these methods can be searched for.
@@ -341,6 +347,14 @@ impl Plan<'_> {
     pub(super) fn check_goal(&self) -> Result<()> {
         let wrong = |name, problem: &str| Err(Error::Argument { name, problem: problem.into() });
         match &self.request.goal {
+            Some(Goal::Bytes(_)) if self.books.is_some() => wrong(
+                "target-bytes",
+                "bits of books are not searched; choose --bits 2, 3 or 4, or a method with a grid, such as gptq",
+            ),
+            Some(Goal::Divergence { .. }) if self.books.is_some() => wrong(
+                "max-kl",
+                "bits of books are not searched; choose --bits 2, 3 or 4, or a method with a grid, such as gptq",
+            ),
             Some(Goal::Bytes(budget)) if self.grid.is_none() => {
                 let all: u64 = self.all_bytes()?;
                 let problem = format!(

@@ -18,7 +18,7 @@ use std::{
 pub const NAME: &str = "lacuna.lock.json";
 
 /// Longest lock that is read, in bytes.
-const LOCK_BYTES: u64 = 64 << 20;
+pub(super) const LOCK_BYTES: u64 = 64 << 20;
 
 /// SHA-256 of the files that a model consists of: its configuration and weights.
 ///
@@ -78,7 +78,7 @@ pub(super) fn check(request: &Request, hash: &str, files: &BTreeMap<String, Stri
     if let Some(Value::Number(kl)) = theirs["goal"].get("kl") {
         ours["goal"]["kl"] = Value::Number(kl.clone());
     }
-    for key in ["version", "lacuna", "base", "steps", "ratios", "goal", "seed", "calibration"] {
+    for key in ["version", "lacuna", "base", "steps", "ratios", "goal", "seed", "calibration", "gguf"] {
         if ours[key] != theirs[key] {
             let shown = |v: &Value| v.to_string().chars().take(200).collect::<String>();
             return wrong(format!(
@@ -113,7 +113,7 @@ pub(super) fn lock(request: &Request, hash: &str, files: &BTreeMap<String, Strin
             json!({"max_kl": most, "held_out_tokens": tokens, "kl": report.divergence})
         }
     };
-    json!({
+    let mut lock = json!({
         "version": 1,
         "lacuna": env!("CARGO_PKG_VERSION"),
         "base": {"hash": hash, "files": files},
@@ -125,5 +125,9 @@ pub(super) fn lock(request: &Request, hash: &str, files: &BTreeMap<String, Strin
         "sparsity": report.sparsity(),
         "layers": report.layers,
         "notes": report.notes,
-    })
+    });
+    if request.gguf {
+        lock["gguf"] = json!(true);
+    }
+    lock
 }

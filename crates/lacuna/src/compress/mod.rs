@@ -8,6 +8,7 @@
 mod block;
 mod choices;
 mod fold;
+mod gguf;
 mod gram;
 mod hidden;
 mod homes;
@@ -41,6 +42,7 @@ pub(crate) use block::decoded;
 use block::{Runner, Task};
 use choices::{Choices, UNROUNDED};
 use fold::Norms;
+pub use gguf::convert;
 use hidden::Hidden;
 use homes::{Home, homes};
 use lacuna_core::{
@@ -62,7 +64,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use store::{Finished, Work};
-use tensors::{Target, block_format, finished, stored_bits};
+use tensors::{Target, block_format, finished, packed, packed_name, stored_bits};
 
 /// Tokens of calibration text that are read where nothing else is said.
 pub const DEFAULT_TOKENS: usize = 16_384;
@@ -104,8 +106,10 @@ pub enum Goal {
 pub struct Request {
     /// A Hugging Face directory or a GGUF file.
     pub model: PathBuf,
-    /// A directory, or a file that ends in .gguf for a model that is one.
+    /// A directory, or a file that ends in .gguf for a model that is one, or with `gguf`.
     pub output: PathBuf,
+    /// Write a GGUF file, whatever the model is.
+    pub gguf: bool,
     /// The methods, one after the other: those that drop before those that round.
     pub steps: Vec<Resolved>,
     /// How the share is spread over layers.
@@ -191,6 +195,13 @@ pub enum Progress<'a> {
 /// be reached, an output that is something else, too little room on the disk. Later: what a method says of a layer, numbers
 /// that are not finite, what the system says. The output is untouched then, and a further run goes on where this one was.
 pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report> {
+    if request.gguf && request.model.is_dir() {
+        return gguf::compress(request, progress, by_goal);
+    }
+    by_goal(request, progress)
+}
+
+fn by_goal(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report> {
     match &request.goal {
         Some(Goal::Divergence { most, held_out }) => search::by_divergence(request, *most, held_out, progress),
         _ => run(request, None, progress),
@@ -241,7 +252,8 @@ fn run(request: &Request, found: Option<Found<'_>>, progress: &mut dyn FnMut(Pro
                 let task = plan.task(&model, &checkpoint.source, layer);
                 let done = task.run(hidden.as_mut(), &mut |l| progress(Progress::Layer(l)))?;
                 let made = plan.tensors(layer, &checkpoint.source, &done);
-                work.add(layer, &made, plan.with_bytes(layer, &checkpoint.source, done.layers), done.notes)?
+                let layers = plan.with_bytes(layer, &checkpoint.source, done.layers, &made);
+                work.add(layer, &made, layers, done.notes)?
             }
         };
         if let (Some(hidden), true) = (&mut hidden, layer + 1 < all) {
@@ -277,8 +289,10 @@ pub(crate) struct Plan<'a> {
     homes: Vec<Vec<Home>>,
     names: &'static crate::model::names::Names,
     spec: crate::model::spec::Spec,
-    /// Bits and group of the codes, if a step rounds.
+    /// Bits and group of the codes, if a step rounds to a grid.
     grid: Option<(u32, usize)>,
+    /// Bits of a weight, if a step gives pairs and books.
+    books: Option<u32>,
     /// What was decided for single projections.
     choices: Choices,
     /// The shape of the output, where it is another.
@@ -291,8 +305,13 @@ impl<'a> Plan<'a> {
         let (names, spec) = (checkpoint.names, checkpoint.spec.clone());
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
-        let grid = grid(&request.steps)?;
-        let plan = Self { request, target, homes, names, spec, grid, choices: Choices::default(), narrowed: None };
+        let (grid, books) = rounding(&request.steps)?;
+        let plan = Self { request, target, homes, names, spec, grid, books, choices: Choices::default(), narrowed: None };
+        if books.is_some() && plan.in_blocks() {
+            let (file, what) = (request.output.display().to_string(), "codes of pairs in a GGUF file".into());
+            let remedy = "; write a directory, or use gptq, awq or rtn".into();
+            return Err(Error::Unsupported { file, what, remedy });
+        }
         let coded = |t: &&Stored| matches!(t.from, Some(Original::Codes(_)));
         if checkpoint.source.tensors.values().find(coded).is_some() {
             let (what, remedy) = ("compressing a model that is quantised already", "; start from the original".into());
@@ -340,7 +359,13 @@ impl<'a> Plan<'a> {
     }
 
     /// The reports of a block's projections with the bytes they have.
-    fn with_bytes(&self, layer: usize, source: &Source, mut layers: Vec<LayerReport>) -> Vec<LayerReport> {
+    fn with_bytes(
+        &self,
+        layer: usize,
+        source: &Source,
+        mut layers: Vec<LayerReport>,
+        made: &[Finished],
+    ) -> Vec<LayerReport> {
         for (home, made) in self.homes[layer].iter().zip(self.made(layer).0) {
             let smaller = (made.outputs * made.inputs) as f64 / (home.outputs * home.inputs).max(1) as f64;
             let (before, after) = (dense_bytes(source, home), self.home_bytes(source, home, self.bits(layer, home)));
@@ -348,7 +373,8 @@ impl<'a> Plan<'a> {
             for (proj, rows) in &home.parts {
                 let part = |bytes: u64| (bytes as f64 * rows.len() as f64 / home.outputs as f64).round() as u64;
                 let of = |l: &&mut LayerReport| l.proj == proj.name();
-                layers.iter_mut().filter(of).for_each(|l| l.bytes = (part(before), part(after)));
+                let packed = made.iter().find(|t| t.name == packed_name(layer, *proj)).map(|t| t.data.len() as u64);
+                layers.iter_mut().filter(of).for_each(|l| l.bytes = (part(before), packed.unwrap_or(part(after))));
             }
         }
         layers
@@ -407,7 +433,15 @@ impl<'a> Plan<'a> {
                 }
                 let what = match self.grid {
                     _ if !kept => format!("compressing weights of type {} (layers.{layer}.{proj})", format.name()),
-                    Some((_, group)) if self.target == Target::Gguf && !grouped(group) => {
+                    // Whole rows count by what they are.
+                    Some((_, 0)) if self.in_blocks() && self.target == Target::HuggingFace => {
+                        let inputs = linear.weight.inputs();
+                        if inputs.is_multiple_of(32) {
+                            continue;
+                        }
+                        format!("rows of {inputs} codes in a GGUF file (layers.{layer}.{proj})")
+                    }
+                    Some((_, group)) if self.in_blocks() && !grouped(group) => {
                         format!("a group of {group} in a GGUF file")
                     }
                     _ => continue,
@@ -422,6 +456,11 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Whether codes become the blocks of a GGUF file.
+    fn in_blocks(&self) -> bool {
+        self.target == Target::Gguf || self.request.gguf
     }
 
     /// That the group of the codes divides the rows of every layer.
@@ -445,9 +484,12 @@ impl<'a> Plan<'a> {
         let target = self.target;
         let steps: Vec<_> = r.steps.iter().map(Resolved::label).collect();
         let version = env!("CARGO_PKG_VERSION");
+        let gguf = if r.gguf { " gguf" } else { "" };
         let goal = if found.is_some() { &None } else { &r.goal };
-        let text =
-            format!("{version} {target:?} {files:?} {steps:?} {ratios} {} {windows:?} {goal:?} {found:?}", r.seed);
+        let text = format!(
+            "{version} {target:?} {files:?} {steps:?} {ratios} {} {windows:?} {goal:?} {found:?}{gguf}",
+            r.seed
+        );
         sha256(text.as_bytes())
     }
 
@@ -458,6 +500,8 @@ impl<'a> Plan<'a> {
         let after: u64 = self.all_homes().map(|(l, h)| self.home_bytes(source, h, self.bits(l, h))).sum();
         let streams = self.request.calibration.as_ref().map_or(0, |c| 4 * (c.tokens() * self.spec.width) as u64);
         let spilled = if streams > self.request.streams_in_memory { streams } else { 0 };
+        // What is packed lies beside the dense numbers.
+        let after = after + if self.books.is_some() { before / 3 } else { 0 };
         let needed = all.saturating_sub(before) + 2 * after + spilled + (16 << 20);
         let path = &self.request.output;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -487,7 +531,8 @@ impl<'a> Plan<'a> {
         let changed = |h: &&Home| h.parts.iter().any(|p| done.changed.contains_key(&p.0));
         let homes = self.made(layer).0.iter().filter(changed);
         let homes = homes.flat_map(|h| finished(h, &done.changed, format(h), self.target));
-        homes.chain(done.beside.iter().cloned()).collect()
+        let packed = done.changed.iter().filter_map(|(proj, changed)| packed(layer, *proj, changed));
+        homes.chain(done.beside.iter().cloned()).chain(packed).collect()
     }
 
     /// Runs a block with its new weights, as they were written, over all streams.
@@ -560,6 +605,9 @@ impl<'a> Plan<'a> {
         if self.all_homes().any(|(l, h)| matches!(self.bits(l, h), Some(3 | 5..=7))) {
             notes.push("codes of 3 bits take 4 bits in the file, those of 5 to 7 take 8".into());
         }
+        if self.in_blocks() && self.all_homes().any(|(l, h)| self.bits(l, h) == Some(2)) {
+            notes.push("codes of 2 bits take 4 bits in a GGUF file".into());
+        }
         notes
     }
 }
@@ -574,9 +622,9 @@ fn dense_bytes(source: &Source, home: &Home) -> u64 {
     source.tensors.get(&home.tensor).map_or(0, |t| t.bytes.len() as u64)
 }
 
-/// Bits and group of the codes, after a check of the order of the steps.
-fn grid(steps: &[Resolved]) -> Result<Option<(u32, usize)>> {
-    let mut grid = None;
+/// Bits and group of the codes of a grid, or bits of books, after a check of the order of the steps.
+fn rounding(steps: &[Resolved]) -> Result<(Option<(u32, usize)>, Option<u32>)> {
+    let (mut grid, mut books) = (None, None);
     for step in steps {
         let (method, name) = (step.method, step.method.name());
         let refuse =
@@ -584,15 +632,19 @@ fn grid(steps: &[Resolved]) -> Result<Option<(u32, usize)>> {
         if method.compressor().is_none() {
             return refuse("it skips while the model runs and changes no weights; use `lacuna calibrate` or --sparse");
         }
-        if grid.is_some() {
+        if grid.is_some() || books.is_some() {
             return refuse("it comes after a step that rounds to codes, and would undo it; put steps that drop first");
         }
         if step.has("bits") && step.params.get("bits") > 0.0 {
-            grid = Some((step.params.get("bits") as u32, step.params.get("group") as usize));
+            let bits = step.params.get("bits") as u32;
+            match step.has("group") {
+                true => grid = Some((bits, step.params.get("group") as usize)),
+                false => books = Some(bits),
+            }
         }
     }
     if steps.is_empty() {
         return Err(Error::Argument { name: "steps", problem: "no method: nothing to do".into() });
     }
-    Ok(grid)
+    Ok((grid, books))
 }

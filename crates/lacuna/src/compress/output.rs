@@ -5,7 +5,7 @@ use super::{
     homes::Home,
     lock,
     store::beside,
-    tensors::{Target, block_format, stored_bits},
+    tensors::{PACKED, Target, block_format, stored_bits},
 };
 use crate::error::{Error, Result};
 use lacuna_core::{
@@ -13,6 +13,7 @@ use lacuna_core::{
     bytes::Bytes,
     format::{
         gguf::{Gguf, TensorType, Writer},
+        packed::{self, Packing},
         safetensors::{self, Dtype, NewTensor, Tensors},
     },
     map::{LoadMode, read_small},
@@ -44,10 +45,12 @@ pub(super) fn check_place(model: &Path, path: &Path, target: Target) -> Result<(
     let gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     match (target, gguf) {
         (Target::Gguf, false) => {
-            return wrong(format!("{shown}: a GGUF model becomes a GGUF file; end the name in .gguf"));
+            return wrong(format!("{shown}: this becomes a GGUF file; end the name in .gguf"));
         }
         (Target::HuggingFace, true) => {
-            return wrong(format!("{shown}: a Hugging Face model becomes a directory; choose a name without .gguf"));
+            return wrong(format!(
+                "{shown}: a Hugging Face model becomes a directory; choose a name without .gguf, or --gguf"
+            ));
         }
         _ => {}
     }
@@ -63,7 +66,8 @@ pub(super) fn check_place(model: &Path, path: &Path, target: Target) -> Result<(
     Ok(())
 }
 
-fn lock_beside(path: &Path) -> PathBuf {
+/// Where the lock of a GGUF file lies.
+pub(super) fn lock_beside(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".");
     name.push(lock::NAME);
@@ -119,10 +123,18 @@ fn directory(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut Write
     beside_files(model, &new.0, file)?;
     put(file, &new.0.join("config.json"), &configuration(plan)?)?;
     let source = safetensors::Model::open(model, LoadMode::Map)?;
-    let tensors = all_tensors(plan, &source, blocks)?;
+    let mut tensors = all_tensors(plan, &source, blocks)?;
+    let packed: Vec<Tensor> = tensors.extract_if(.., |t| t.0.starts_with(PACKED)).collect();
     let before = source.names().filter_map(|n| source.get(n)).map(|t| t.1.len() as u64).sum();
-    let after = tensors.iter().map(|t| t.3.len() as u64).sum();
+    let mut after = tensors.iter().map(|t| t.3.len() as u64).sum();
     weights(&new.0, &tensors, file)?;
+    if !packed.is_empty() {
+        // Lacuna reads these in the place of the dense ones.
+        after += packed.iter().map(|t| t.3.len() as u64).sum::<u64>();
+        let dense: u64 = plan.all_homes().map(|(_, h)| size_of(&tensors, &h.tensor)).sum();
+        after -= dense.min(after);
+        container(&new.0, &packed, file)?;
+    }
     put(file, &new.0.join(lock::NAME), &pretty(lock))?;
     replace_folder(&new.0, output)?;
     Ok((before, after))
@@ -138,6 +150,22 @@ pub(super) fn beside_files(model: &Path, to: &Path, file: &mut WriteFile<'_>) ->
         }
     }
     Ok(())
+}
+
+fn size_of(tensors: &[Tensor], name: &str) -> u64 {
+    let at = tensors.binary_search_by(|t| t.0.as_str().cmp(name));
+    at.map_or(0, |i| tensors[i].3.len() as u64)
+}
+
+/// Writes what no other program reads, bound to the weights in `dir`.
+fn container(dir: &Path, packed: &[Tensor], file: &mut WriteFile<'_>) -> Result<()> {
+    let json = read_small(dir.join("config.json"), lacuna_core::size::cap::CONFIG)?;
+    let hash = safetensors::Model::open(dir, LoadMode::Map)?.hash(&json);
+    let pieces = packed.iter().map(|t| (t.0.strip_prefix(PACKED).unwrap_or(&t.0), &t.3[..]));
+    let packing = Packing::new(pieces, &hash);
+    let path = dir.join(packed::NAME);
+    let size = packing.file_size().map_err(Error::io(&path))?;
+    file(&path, size, &mut |out| packing.write(out))
 }
 
 /// Configuration of tokenizer, generation and chat; texts for people.

@@ -1,14 +1,18 @@
 //! From compressed projections to the tensors of a file: dense numbers with zeros in place, or codes packed as the
 //! compressed-tensors library packs them.
 
-use super::{homes::Home, store::Finished};
+use super::{choices::place, homes::Home, store::Finished};
 use half::f16;
 use lacuna_core::{
     compress::{Changed, Codes},
     format::safetensors::Dtype,
     site::Proj,
 };
-use lacuna_kernels::{Format, convert::encode_run};
+use lacuna_kernels::{
+    Format,
+    codebook::{self, Parts},
+    convert::encode_run,
+};
 use std::collections::BTreeMap;
 
 /// Bits that codes of `bits` bits take in a file: widths that every version of the library packs alike.
@@ -38,6 +42,24 @@ pub fn finished(home: &Home, changed: &BTreeMap<Proj, Changed>, format: Format, 
         (Target::HuggingFace, Some(dtype)) => vec![dense(home, parts(), dtype)],
         _ => vec![blocks(home, parts(), format)],
     }
+}
+
+/// What the packed form of a projection is called until the output is put together.
+pub fn packed_name(layer: usize, proj: Proj) -> String {
+    format!("{PACKED}{}", place(layer, proj))
+}
+
+/// What begins the names of packed forms, which no tensor of a model has.
+pub const PACKED: &str = "lacuna.packed.";
+
+/// The packed form of a projection that became pairs and books.
+pub fn packed(layer: usize, proj: Proj, changed: &Changed) -> Option<Finished> {
+    let b = changed.books.as_ref()?;
+    let (bits, cols) = (b.bits as usize, changed.weight.len() / b.of_row.len().max(1));
+    let (of_row, entries) = (&b.of_row[..], &b.entries[..]);
+    let parts = Parts { bits, cols, span: b.span, of_row, entries, exponents: &b.exponents, codes: &b.codes };
+    let data = codebook::pack(&parts)?;
+    Some(Finished { name: packed_name(layer, proj), dtype: Dtype::U8, shape: vec![data.len() as u64], data })
 }
 
 /// Puts the rows of `part` (of `cols` numbers) to their places in `all`.

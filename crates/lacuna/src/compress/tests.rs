@@ -31,6 +31,7 @@ pub(super) fn request(model: &Path, output: &Path, spec: &str, calibration: Opti
     Request {
         model: model.to_owned(),
         output: output.to_owned(),
+        gguf: false,
         steps: registry::parse(spec).unwrap(),
         ratios: Ratios::Uniform,
         goal: None,
@@ -433,16 +434,197 @@ fn factors_folded_into_norms_leave_every_logit() {
     }
 }
 
+/// The embedded model with strong channels: some gains of norms are 32 times larger, and what reads them 32 times smaller, so
+/// it computes the same.
+fn with_outliers(dir: &Path) -> PathBuf {
+    let model = embedded_model(dir);
+    let file = model.join("model.safetensors");
+    let tensors = Tensors::parse(fs::read(&file).unwrap().into()).unwrap();
+    let mut new = Vec::new();
+    for e in tensors.entries() {
+        let format = e.format().unwrap();
+        let mut numbers = vec![0.0; e.shape.iter().product::<u64>() as usize];
+        lacuna_kernels::convert::decode_run(format, &tensors.bytes(e).unwrap(), &mut numbers);
+        let cols = *e.shape.last().unwrap() as usize;
+        let reads = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"].iter().any(|n| e.name.contains(n));
+        let norm = ["input_layernorm", "post_attention_layernorm"].iter().any(|n| e.name.contains(n));
+        let factor = if norm { 32.0 } else { 1.0 / 32.0 };
+        if norm || reads {
+            // A third of the channels, spread by a fixed pattern.
+            numbers.iter_mut().enumerate().filter(|(i, _)| i % cols * 7 % 11 < 4).for_each(|(_, x)| *x *= factor);
+        }
+        new.push((e.name.clone(), e.dtype, e.shape.clone(), tensors::numbers(format, &numbers)));
+    }
+    let new: Vec<_> = new
+        .iter()
+        .map(|(name, dtype, shape, data)| safetensors::NewTensor { name, dtype: *dtype, shape, data })
+        .collect();
+    let mut bytes = Vec::new();
+    safetensors::write(&new, &[], &mut bytes).unwrap();
+    fs::write(file, bytes).unwrap();
+    model
+}
+
 #[test]
 fn what_awq_folds_is_written_and_leaves_every_logit() {
     let dir = tempfile::tempdir().unwrap();
-    let (model, out) = (embedded_model(dir.path()), dir.path().join("out"));
+    let (model, out) = (with_outliers(dir.path()), dir.path().join("out"));
     let dense = load(&model, &LoadOptions::default()).unwrap();
     let mut choices = Choices::default();
     Plan::places(&dense).iter().for_each(|((l, p), _)| choices.entry(*l, *p).bits = Some(UNROUNDED));
     let request = request(&model, &out, "awq=3:group=32", Some(text(dense.spec.vocab as u32, 15, 64)));
     super::run(&request, Some(Found { choices: &choices, divergence: None, asked: &request }), &mut |_| {}).unwrap();
     let folded = load(&out, &LoadOptions::default()).unwrap();
+    let changed = |a: &crate::model::weights::Block, b: &crate::model::weights::Block| {
+        usize::from(a.attn_norm.gain != b.attn_norm.gain) + usize::from(a.mlp_norm.gain != b.mlp_norm.gain)
+    };
+    let norms: usize = dense.blocks.iter().zip(&folded.blocks).map(|(a, b)| changed(a, b)).sum();
+    assert!(norms >= dense.blocks.len(), "only {norms} norms took factors");
     let ids: Vec<u32> = (1..20).collect();
     assert_eq!(reference::logits(&dense, &ids).unwrap(), reference::logits(&folded, &ids).unwrap());
+}
+
+#[test]
+fn factors_of_awq_help_a_model_with_strong_channels() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (with_outliers(dir.path()), dir.path().join("out"));
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let error = |spec: &str| {
+        let report = run(&request(&model, &out, spec, Some(text(vocab, 15, 64)))).unwrap();
+        let read = |l: &&LayerReport| ["attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"].contains(&l.proj.as_str());
+        report.layers.iter().filter(read).filter_map(|l| l.output_error).sum::<f64>()
+    };
+    // Both see the inputs, so that both report the same error; the second neither scales nor clips.
+    let (awq, plain) = (error("awq=3:group=32:clip=0"), error("awq=3:group=32:clip=0:scale=0"));
+    println!("output errors: {awq:.4} with factors, {plain:.4} without");
+    assert!(awq < 0.5 * plain, "{awq} {plain}");
+}
+
+#[test]
+fn pairs_and_books_are_packed_beside_dense_weights() {
+    use crate::engine::{Engine, Options, bitmaps::BitmapOptions};
+    use lacuna_kernels::{codebook, isa};
+    use std::sync::Arc;
+    if !(2..=4).all(|bits| codebook::pays(isa::get(), bits)) {
+        println!("skipped: codes of pairs are not read with {}", isa::get());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (embedded_model(dir.path()), dir.path().join("out"));
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let logits = |engine: &Engine, ids: &[u32]| {
+        let mut all = Vec::new();
+        engine.session(64).unwrap().score(ids, &mut |_, row| all.extend_from_slice(row)).unwrap();
+        all
+    };
+    let ids: Vec<u32> = (1..20).collect();
+    for spec in ["gptvq=2", "gptvq=3", "gptvq=4:rounds=5", "kmeans=3:vector=1", "wanda=0.5,gptvq=3"] {
+        let report = run(&request(&model, &out, spec, Some(text(vocab, 15, 64)))).unwrap();
+        let loaded = Arc::new(load(&out, &LoadOptions::default()).unwrap());
+        let file = loaded.packed.as_ref().expect("a container");
+        assert_eq!(file.names().count(), report.layers.len(), "{spec}");
+        assert_eq!(report.layers.iter().map(|l| l.bytes.1).sum::<u64>(), file.bytes(), "{spec}");
+        assert!(report.bytes.1 < report.bytes.0, "{spec}");
+        let options = Options { threads: 2, kv: crate::engine::KvType::F32, ..Options::default() };
+        let dense = Engine::new(loaded.clone(), options).unwrap();
+        let cache = BitmapOptions::for_model(None, &loaded.hash, 2);
+        let (packed, what) = dense.with_bitmaps(&cache, &|_, _| {}).unwrap().expect("books are used");
+        assert_eq!((what.books, what.matrices), (report.layers.len(), 0), "{spec}");
+        assert!(what.bytes == file.bytes() && what.dense_bytes > 3 * what.bytes, "{spec}: {what:?}");
+        // Every number is that of the dense matrix, so prefill has its bits where both are computed in BF16.
+        for (layer, block) in loaded.blocks.iter().enumerate() {
+            for proj in Proj::ALL {
+                let (Some(a), Some(b)) = (block.linear(proj), what.model.blocks[layer].linear(proj)) else { continue };
+                let books = b.weight.codebook();
+                let mut bytes = vec![0; 2 * a.weight.outputs() * a.weight.inputs()];
+                lacuna_kernels::codebook::dense(&books, &mut bytes);
+                let mut y = vec![0.0; bytes.len() / 2];
+                lacuna_kernels::convert::decode_run(Format::Bf16, &bytes, &mut y);
+                assert_eq!(decoded(&a.weight), y, "{spec}: layers.{layer}.{proj}");
+            }
+        }
+        let (a, b) = (logits(&dense, &ids), logits(&packed, &ids));
+        let (low, high) = a.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (l.min(*v), h.max(*v)));
+        let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / (high - low);
+        assert!(worst < 2e-2, "{spec}: {worst}");
+    }
+    // A flipped byte is told by its tensor; a container of other weights is not used.
+    let path = out.join("model.lacuna");
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    let last = bad.len() - 100;
+    bad[last] ^= 4;
+    fs::write(&path, &bad).unwrap();
+    let loaded = Arc::new(load(&out, &LoadOptions::default()).unwrap());
+    let engine = Engine::new(loaded.clone(), Options::default()).unwrap();
+    let cache = BitmapOptions::for_model(None, &loaded.hash, 1);
+    let e = engine.with_bitmaps(&cache, &|_, _| {}).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(e.contains("model.lacuna") && e.contains("layers.") && e.contains("checksum"), "{e}");
+    fs::write(&path, &good).unwrap();
+    let config = fs::read_to_string(out.join("config.json")).unwrap();
+    fs::write(out.join("config.json"), config + " ").unwrap();
+    assert!(load(&out, &LoadOptions::default()).unwrap().packed.is_none());
+    // Refused before any work.
+    let refused = |spec: &str, goal| {
+        run(&Request { goal, ..request(&model, &dir.path().join("no"), spec, Some(text(vocab, 15, 64))) })
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused("gptvq=2", Some(Goal::Bytes(1 << 20))).contains("--bits"));
+    assert!(refused("gptvq=2,gptq=4:group=32", None).contains("put steps that drop first"));
+    let gguf =
+        Request { gguf: true, ..request(&model, &dir.path().join("no.gguf"), "gptvq=2", Some(text(vocab, 15, 64))) };
+    assert!(run(&gguf).unwrap_err().to_string().contains("GGUF"));
+}
+
+#[test]
+fn gguf_files_of_hugging_face_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = embedded_model(dir.path());
+    let vocab = load(&model, &LoadOptions::default()).unwrap().spec.vocab as u32;
+    let ids: Vec<u32> = (1..20).collect();
+    let logits = |path: &Path| reference::logits(&load(path, &LoadOptions::default()).unwrap(), &ids).unwrap();
+    for (spec, format) in [
+        ("wanda=0.5", None),
+        ("gptq=4:group=64", Some(Format::Q4_0)),
+        ("rtn=8:group=32", Some(Format::Q8_0)),
+        ("wanda=0.5,gptq=4:group=32", Some(Format::Q4_0)),
+    ] {
+        let (hf, gguf) = (dir.path().join("hf"), dir.path().join("out.gguf"));
+        run(&request(&model, &hf, spec, Some(text(vocab, 15, 64)))).unwrap();
+        let report = run(&Request { gguf: true, ..request(&model, &gguf, spec, Some(text(vocab, 15, 64))) }).unwrap();
+        let (a, b) = (logits(&hf), logits(&gguf));
+        let (low, high) = a.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (l.min(*v), h.max(*v)));
+        let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / (high - low);
+        assert!(worst < 1e-5, "{spec}: {worst}");
+        let loaded = load(&gguf, &LoadOptions::default()).unwrap();
+        assert!(format.is_none_or(|f| loaded.blocks[0].linear(Proj::Down).unwrap().weight.format() == f), "{spec}");
+        assert!(
+            report.notes.iter().any(|n| n.contains("Q4_K")) == spec.contains("wanda"),
+            "{spec}: {:?}",
+            report.notes
+        );
+        assert!(dir.path().join("out.gguf.lacuna.lock.json").exists());
+        let file = lacuna_core::format::gguf::Gguf::open(&gguf, lacuna_core::map::LoadMode::Map).unwrap();
+        let bytes: usize = file.tensors().map(|t| file.bytes(&t).unwrap().len()).sum();
+        assert_eq!(bytes as u64, report.bytes.1, "{spec}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4, "the model, a directory, a file and its lock");
+    // What a file cannot hold is refused before any work.
+    let refused = |model: &Path, out: &str, spec: &str| {
+        let asked = request(model, &dir.path().join(out), spec, Some(text(32, 8, 24)));
+        let e =
+            compress(&Request { gguf: true, ..asked }, &mut |p| assert!(!matches!(p, Progress::Layer(_)))).unwrap_err();
+        e.to_string()
+    };
+    assert!(refused(&fixture("opt"), "a.gguf", "magnitude=0.5").contains("`opt`"));
+    assert!(refused(&fixture("llama3"), "a.gguf", "rtn=4:group=0").contains("GGUF"));
+    assert!(refused(&fixture("llama3"), "a", "magnitude=0.5").contains(".gguf"));
+    // A budget is one of the file that is written.
+    let gguf = dir.path().join("out.gguf");
+    let asked = request(&model, &gguf, "gptq=4:group=32", Some(text(vocab, 15, 64)));
+    let told = run(&Request { gguf: true, goal: Some(Goal::Bytes(1000)), ..asked.clone() }).unwrap_err().to_string();
+    let least: u64 = told.split(' ').filter_map(|w| w.parse().ok()).next_back().unwrap();
+    let small = run(&Request { gguf: true, goal: Some(Goal::Bytes(least)), ..asked }).unwrap();
+    assert_eq!(small.bytes.1, least);
 }

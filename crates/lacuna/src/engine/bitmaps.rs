@@ -1,6 +1,7 @@
-//! Weights without their zeros: which matrices of a pruned model are read as bitmaps, and the model that holds them.
+//! Weights in fewer bytes: which matrices of a model are read from the container beside it or as bitmaps, and the model that
+//! holds them.
 //!
-//! A matrix becomes a [`lacuna_kernels::bitmap`] if that takes fewer bytes and its zeros are above the share from which on this
+//! What the container has ([`Model::packed`]) goes before. Among the others a matrix becomes a [`lacuna_kernels::bitmap`] if that takes fewer bytes and its zeros are above the share from which on this
 //! machine multiplies bitmaps faster ([`BreakEven::zeros`]). The share is that of some rows spread over the matrix, so that
 //! a model without zeros is not read for it. The numbers stay the same: products agree with dense ones up to the order of
 //! sums.
@@ -10,14 +11,21 @@ use super::{
     compiled::CompiledPlan,
     layouts::{LayoutCache, Wanted},
 };
-use crate::model::weights::Model;
+use crate::{
+    error::{Error, Result},
+    model::weights::Model,
+};
 use lacuna_core::{
     bytes::Bytes,
     site::Proj,
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{Matrix, Pool, bitmap};
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use lacuna_kernels::{Matrix, Pool, bitmap, codebook, isa};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// Rows of a matrix whose zeros are counted.
 const SAMPLE: usize = 16;
@@ -45,9 +53,11 @@ pub struct Packed {
     pub model: Arc<Model>,
     /// Matrices of the blocks that are bitmaps.
     pub matrices: usize,
-    /// Their bytes as they were.
+    /// Matrices of the blocks that come from the container.
+    pub books: usize,
+    /// The bytes of both as they were.
     pub dense_bytes: u64,
-    /// Their bytes as bitmaps.
+    /// Their bytes now.
     pub bytes: u64,
     /// Why others with zeros are not, for the log.
     pub notes: Vec<String>,
@@ -61,15 +71,22 @@ impl Packed {
         Self { model: model.clone(), matrices: 0, dense_bytes: 0, bytes: 0, notes: Vec::new(), dead: 0 }
     }
 
-    /// What a listing adds to the name of the plan.
-    pub fn label(&self) -> &'static str {
-        if self.matrices > 0 { "+bitmaps" } else { "-dead neurons" }
-    }
-
     /// One line for people.
     pub fn describe(&self) -> String {
         let share = 100.0 * self.bytes as f64 / self.dense_bytes.max(1) as f64;
-        format!("{} matrices are read as bitmaps, {share:.1} % of their bytes", self.matrices)
+        let counts = [(self.books, "codes of pairs"), (self.matrices, "bitmaps")];
+        let parts = counts.iter().filter(|c| c.0 > 0).map(|(n, what)| format!("{n} matrices are read as {what}"));
+        format!("{}, {share:.1} % of their bytes", parts.collect::<Vec<_>>().join(", "))
+    }
+
+    /// What a listing adds to the name of the plan.
+    pub fn label(&self) -> &'static str {
+        match (self.books, self.matrices) {
+            (0, 0) => "-dead neurons",
+            (0, _) => "+bitmaps",
+            (_, 0) => "+codebooks",
+            _ => "+codebooks+bitmaps",
+        }
     }
 }
 
@@ -119,18 +136,67 @@ pub fn bitmap_of(weight: &Weight) -> Weight {
         .expect("the bytes were packed for this shape")
 }
 
-/// `model` with bitmaps where they pay; `None` if that is nowhere. What `plan` reads by rows or channels stays as it is.
-/// Missing bitmaps are made by the threads of `pool`, with `progress(done, all)` called from them.
+/// The matrices of the container of `model` that `plan` does not read by rows or channels, after a look at all their bytes.
+fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<((usize, Proj), Weight)>> {
+    let Some(file) = &model.packed else { return Ok(Vec::new()) };
+    let places: Vec<(usize, Proj)> =
+        (0..model.blocks.len()).flat_map(|l| Proj::ALL.into_iter().map(move |p| (l, p))).collect();
+    let name = |(layer, proj): (usize, Proj)| format!("layers.{layer}.{proj}");
+    let known: BTreeSet<String> = places.iter().map(|p| name(*p)).collect();
+    let bad = |tensor: &str, what: &str| Error::Unsupported {
+        file: file.path().display().to_string(),
+        what: format!("tensor `{tensor}`: {what}"),
+        remedy: "; compress the model again, or remove the file: the weights beside it are complete".into(),
+    };
+    if let Some(foreign) = file.names().find(|n| !known.contains(*n)) {
+        return Err(bad(foreign, "a matrix that this model does not have"));
+    }
+    let there: BTreeSet<&str> = file.names().collect();
+    let wanted: Vec<(usize, Proj)> =
+        places.into_iter().filter(|(l, p)| there.contains(name((*l, *p)).as_str()) && !by_rows(plan, *l, *p)).collect();
+    let made: Vec<Mutex<Option<Result<Weight>>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
+    pool.run(wanted.len(), &|_, i| {
+        let (layer, proj) = wanted[i];
+        let one = || {
+            let tensor = name((layer, proj));
+            let bytes = file.get(&tensor)?;
+            let dense = &model.blocks[layer].linear(proj).ok_or_else(|| bad(&tensor, "a matrix of experts"))?.weight;
+            let (outputs, inputs) = (dense.outputs(), dense.inputs());
+            let weight = Weight::new(codebook::DENSE, Orientation::Codebook, outputs, inputs, bytes);
+            weight.ok_or_else(|| bad(&tensor, &format!("no codes of pairs of {outputs} rows of {inputs}")))
+        };
+        *made[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(one());
+    });
+    let take = |m: Mutex<Option<_>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let all = wanted.into_iter().zip(made).filter_map(|(place, m)| Some(take(m)?.map(|w| (place, w))));
+    let mut all: Vec<_> = all.collect::<Result<_>>()?;
+    // Where it would be slower, the dense form beside it is read.
+    let before = all.len();
+    all.retain(|(_, w)| codebook::pays(isa::get(), w.codebook().bits()));
+    if all.len() < before {
+        let (n, isa) = (before - all.len(), isa::get());
+        tracing::info!("{n} matrices of {} stay dense: codes of pairs are slower with {isa}", file.path().display());
+    }
+    Ok(all)
+}
+
+/// `model` with what its container has, and with bitmaps where they pay; `None` if that is nowhere. What `plan` reads by rows
+/// or channels stays as it is. Missing bitmaps are made by the threads of `pool`, with `progress(done, all)` called from them.
+///
+/// # Errors
+/// A damaged container, with the tensor.
 pub fn pack(
     model: &Arc<Model>,
     plan: Option<&CompiledPlan>,
     options: &BitmapOptions,
     pool: &Pool,
     progress: &(dyn Fn(usize, usize) + Sync),
-) -> Option<Packed> {
+) -> Result<Option<Packed>> {
+    let books = books(model, plan, pool)?;
     let (mut wanted, mut places, mut left) = (Vec::new(), Vec::new(), BTreeMap::new());
     for (layer, block) in model.blocks.iter().enumerate() {
-        for proj in Proj::ALL.into_iter().filter(|p| !by_rows(plan, layer, *p)) {
+        let own = |p: Proj| books.iter().any(|b| b.0 == (layer, p));
+        for proj in Proj::ALL.into_iter().filter(|p| !by_rows(plan, layer, *p) && !own(*p)) {
             let parts = block.parts(proj);
             let several = parts.len() > 1;
             for (part, linear) in parts.into_iter().enumerate() {
@@ -154,22 +220,29 @@ pub fn pack(
     };
     let notes: Vec<String> = left.into_iter().map(line).collect();
     notes.iter().for_each(|n| tracing::info!("{n}"));
-    if wanted.is_empty() {
-        return None;
+    if wanted.is_empty() && books.is_empty() {
+        return Ok(None);
     }
-    let size = |weights: &mut dyn Iterator<Item = &Weight>| weights.map(|w| w.bytes().len() as u64).sum();
-    let dense_bytes = size(&mut wanted.iter().map(|w| w.weight));
+    let size = |weights: &mut dyn Iterator<Item = &Weight>| weights.map(|w| w.bytes().len() as u64).sum::<u64>();
+    let replaced = books.iter().filter_map(|((l, p), _)| model.blocks[*l].linear(*p)).map(|l| &l.weight);
+    let dense_bytes = size(&mut wanted.iter().map(|w| w.weight).chain(replaced));
     let weights = options.cache.bitmaps(&wanted, pool, progress);
-    let (matrices, bytes) = (weights.len(), size(&mut weights.iter()));
+    let bytes = size(&mut weights.iter().chain(books.iter().map(|b| &b.1)));
+    let (matrices, of_books) = (weights.len(), books.len());
     let mut packed = Model::clone(model);
+    for ((layer, proj), weight) in books {
+        if let Some(linear) = packed.blocks[layer].linear_mut(proj) {
+            linear.weight = weight;
+        }
+    }
     for ((layer, proj, part), weight) in places.into_iter().zip(weights) {
         if let Some(linear) = packed.blocks[layer].part_mut(proj, part) {
             linear.weight = weight;
         }
     }
-    let packed = Packed { model: Arc::new(packed), matrices, dense_bytes, bytes, notes, dead: 0 };
+    let packed = Packed { model: Arc::new(packed), matrices, books: of_books, dense_bytes, bytes, notes, dead: 0 };
     tracing::info!("{}", packed.describe());
-    Some(packed)
+    Ok(Some(packed))
 }
 
 /// Whether the plan computes single rows of a projection.

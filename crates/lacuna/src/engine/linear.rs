@@ -11,7 +11,7 @@ use lacuna_core::{
     site::Proj,
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{Format, Pool, axpy, bitmap, elementwise, gemm, gemv};
+use lacuna_kernels::{Format, Pool, axpy, bitmap, codebook, elementwise, gemm, gemv};
 
 /// One projection: which, its weights, and where its results go.
 pub(super) struct Part<'a> {
@@ -80,11 +80,13 @@ impl Linears {
         // The list of channels is there when a weight is input-major, and unused otherwise.
         let all = self.all.get(..width).unwrap_or_default();
         let every: Vec<(&[u32], &[f32])> = x.chunks_exact(width).map(|x| (all, x)).collect();
-        let (mut dot, mut maps, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new(), Vec::new());
+        let (mut dot, mut maps, mut books, mut axpy) =
+            (Vec::with_capacity(parts.len()), Vec::new(), Vec::new(), Vec::new());
         for (linear, y) in parts.iter_mut() {
             match linear.weight.orientation() {
                 Orientation::OutputMajor => dot.push(gemv::multi::Job { w: linear.weight.matrix(), x: &operands, y }),
                 Orientation::Bitmap => maps.push(bitmap::Job { w: linear.weight.bitmap(), x: &operands, y }),
+                Orientation::Codebook => books.push(codebook::Job { w: linear.weight.codebook(), x: &operands, y }),
                 _ => axpy.push(axpy::multi::Job { w: linear.weight.columns(), x: &every, y }),
             }
         }
@@ -93,6 +95,9 @@ impl Linears {
         }
         if !maps.is_empty() {
             bitmap::run(pool, &mut maps);
+        }
+        if !books.is_empty() {
+            codebook::run(pool, &mut books);
         }
         if !axpy.is_empty() {
             axpy::multi::run(pool, &mut axpy);
@@ -120,6 +125,7 @@ impl Linears {
             match w.orientation() {
                 Orientation::OutputMajor => self.formats.push(w.format()),
                 Orientation::Bitmap => self.formats.push(bitmap::operand(w.format())),
+                Orientation::Codebook => self.formats.push(codebook::OPERAND),
                 Orientation::InputMajor | Orientation::InputGroups => transposed = true,
             }
         }
@@ -144,11 +150,13 @@ impl Linears {
         let rows: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(|&row| &operands[row]).collect()).collect();
         let row = |&row: &usize| (all, &x[row * width..(row + 1) * width]);
         let channels: Vec<Vec<_>> = parts.iter().map(|p| p.1.iter().map(row).collect()).collect();
-        let (mut dot, mut maps, mut axpy) = (Vec::with_capacity(parts.len()), Vec::new(), Vec::new());
+        let (mut dot, mut maps, mut books, mut axpy) =
+            (Vec::with_capacity(parts.len()), Vec::new(), Vec::new(), Vec::new());
         for (((linear, _, y), rows), channels) in parts.iter_mut().zip(&rows).zip(&channels) {
             match linear.weight.orientation() {
                 Orientation::OutputMajor => dot.push(gemv::multi::Job { w: linear.weight.matrix(), x: rows, y }),
                 Orientation::Bitmap => maps.push(bitmap::Job { w: linear.weight.bitmap(), x: rows, y }),
+                Orientation::Codebook => books.push(codebook::Job { w: linear.weight.codebook(), x: rows, y }),
                 _ => axpy.push(axpy::multi::Job { w: linear.weight.columns(), x: channels, y }),
             }
         }
@@ -157,6 +165,9 @@ impl Linears {
         }
         if !maps.is_empty() {
             bitmap::run(pool, &mut maps);
+        }
+        if !books.is_empty() {
+            codebook::run(pool, &mut books);
         }
         if !axpy.is_empty() {
             axpy::multi::run(pool, &mut axpy);

@@ -93,7 +93,9 @@ impl Engine {
         let blocks = Arc::new(BlockPool::new(&model.spec, options.kv)?);
         let (kv, prefill_chunk, plan) = (options.kv, options.prefill_chunk, options.plan);
         let (pool, routers) = (Pool::new(threads), routers(&model));
-        Ok(Self { shared: Arc::new(Shared { model, original, pool, kv, blocks, prefill_chunk, plan, routers }) })
+        Ok(Self {
+            shared: Arc::new(Shared { model, original, pool, kv, blocks, prefill_chunk, plan, routers, saved: 0 }),
+        })
     }
 
     /// The same model, plan and threads, without dead neurons and with matrices as bitmaps where their zeros pay for it, and
@@ -111,14 +113,15 @@ impl Engine {
         if original.is_some() {
             return Ok(None);
         }
-        let live = dead::without_dead(model, plan.as_deref());
+        // What a container holds has the shapes of the whole model.
+        let live = if model.packed.is_some() { None } else { dead::without_dead(model, plan.as_deref()) };
         let packed = match &live {
-            None => bitmaps::pack(model, plan.as_deref(), options, pool, progress),
+            None => bitmaps::pack(model, plan.as_deref(), options, pool, progress)?,
             Some(live) => {
                 tracing::info!("{} of {} neurons are dead and are left out", live.dropped, live.all);
                 // Their matrices have other shapes than those of the whole model.
                 let options = bitmaps::BitmapOptions { cache: options.cache.beside("-live"), ..options.clone() };
-                let packed = bitmaps::pack(&live.model, plan.as_deref(), &options, pool, progress);
+                let packed = bitmaps::pack(&live.model, plan.as_deref(), &options, pool, progress)?;
                 Some(packed.unwrap_or_else(|| bitmaps::Packed::nothing(&live.model)))
             }
         };
@@ -127,6 +130,26 @@ impl Engine {
         let options = Options { threads: self.threads(), kv: *kv, prefill_chunk: *prefill_chunk, plan: plan.clone() };
         let engine = Self::build(packed.model.clone(), Some(model.clone()), options)?;
         Ok(Some((engine, packed)))
+    }
+
+    /// The engine without the model as it was before its matrices got other forms, whose memory is free then if nothing else
+    /// holds it. What reads those matrices as they were (plans, calibration) must not be asked for any more: with this,
+    /// [`Engine::model`] is what the engine computes with. An engine that others share stays as it is.
+    pub fn without_originals(self) -> Self {
+        let before = self.bytes_per_token(0);
+        let mut shared = match Arc::try_unwrap(self.shared) {
+            Ok(shared) => shared,
+            Err(shared) => return Self { shared },
+        };
+        if shared.original.is_some() {
+            shared.original = Some(shared.model.clone());
+        }
+        let mut engine = Self { shared: Arc::new(shared) };
+        let after = engine.bytes_per_token(0);
+        if let Some(shared) = Arc::get_mut(&mut engine.shared) {
+            shared.saved += before - after;
+        }
+        engine
     }
 
     /// The same model and threads with another plan, or none; without bitmaps.
@@ -213,7 +236,7 @@ impl Engine {
                 }
             };
         }
-        bytes + kv_bytes_read(&self.shared, depth)
+        bytes + self.shared.saved + kv_bytes_read(&self.shared, depth)
     }
 }
 

@@ -17,6 +17,8 @@ pub(super) struct Shared {
     pub plan: Option<Arc<CompiledPlan>>,
     /// Per layer, the router in f32.
     pub routers: Vec<Option<Linear>>,
+    /// Bytes that a step of the model as it was would read more than one of `original`, which is not that any more.
+    pub saved: u64,
 }
 
 /// The routers of a mixture in f32: they are small, and a rounded score can send a token to another expert.

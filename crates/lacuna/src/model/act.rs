@@ -31,6 +31,11 @@ pub fn from_fields(f: &Fields, key: &str, default: Act) -> Result<Act> {
     })
 }
 
+/// The first of the names of a non-linearity.
+pub fn name(act: Act) -> &'static str {
+    NAMES.iter().find(|(_, a)| *a == act).map_or("silu", |(n, _)| n)
+}
+
 /// The non-linearity of a GGUF file: the architecture's own (in PowerInfer's files ReLU, which they do not say), unless
 /// Lacuna's key says otherwise.
 ///

@@ -32,6 +32,15 @@ pub struct GgufSide {
     pub names: &'static Names,
 }
 
+/// What `architecture` is in GGUF files: some are there under another one's name, whose reader knows them apart.
+pub fn gguf_side(architecture: &Architecture) -> Option<&'static GgufSide> {
+    let own = ARCHITECTURES.iter().find(|a| a.name == architecture.name)?;
+    match own.name {
+        "mistral" | "mixtral" => llama::LLAMA.gguf.as_ref(),
+        _ => own.gguf.as_ref(),
+    }
+}
+
 /// Every architecture. This is the only list; adding one means one file and one line.
 pub static ARCHITECTURES: &[&Architecture] = &[
     &llama::LLAMA,

@@ -37,7 +37,7 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
     if !unused.is_empty() {
         tracing::warn!(file = source.file, count = unused.len(), first = unused[0], "tensors of the file are not used");
     }
-    Ok(Model { embed, positions, blocks, final_norm, head, hash, spec })
+    Ok(Model { embed, positions, blocks, final_norm, head, hash, spec, packed: None })
 }
 
 /// Binds the tensors of block `i` alone.

@@ -12,12 +12,17 @@ use super::validate::validate;
 use super::weights::Model;
 use crate::embedded;
 use crate::error::{Error, Result};
-use lacuna_core::format::{config::Config, safetensors};
+use lacuna_core::format::{
+    config::Config,
+    packed::{self as packed_file, PackedFile},
+    safetensors,
+};
 use lacuna_core::map::{self, LoadMode};
 use lacuna_core::size::cap;
 use serde_json::Map;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How to load.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +47,8 @@ pub struct Checkpoint {
     pub(super) hash: String,
     pub(super) mode: LoadMode,
     pub(super) check: bool,
+    /// Lacuna's own container beside the weights.
+    pub(super) packed: Option<PathBuf>,
     /// Bytes that the tokenizer beside the weights takes, about.
     pub(super) tokenizer: u64,
 }
@@ -106,7 +113,19 @@ impl Checkpoint {
         if self.check {
             self.source.check_finite()?;
         }
-        bind(&self.source, self.names, self.spec, self.tied, self.hash)
+        let packed = self.packed.map(|path| PackedFile::open(&path)).transpose()?;
+        let own = packed.filter(|p| {
+            let own = p.model() == self.hash;
+            if !own {
+                tracing::warn!(
+                    "{}: was made for other weights than those beside it, and is not used",
+                    p.path().display()
+                );
+            }
+            own
+        });
+        let model = bind(&self.source, self.names, self.spec, self.tied, self.hash)?;
+        Ok(Model { packed: own.map(Arc::new), ..model })
     }
 }
 
@@ -124,7 +143,9 @@ fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
         return Err(Error::NoModel { file: dir.into(), problem: "the directory has no config.json".into() });
     }
     let json = map::read_small(&file, cap::CONFIG)?;
-    understand(dir, &json, options, || Ok(safetensors::Model::open(dir, LoadMode::Map)?))
+    let checkpoint = understand(dir, &json, options, || Ok(safetensors::Model::open(dir, LoadMode::Map)?))?;
+    let packed = Some(dir.join(packed_file::NAME)).filter(|p| p.exists());
+    Ok(Checkpoint { packed, ..checkpoint })
 }
 
 /// A directory's configuration `json` and its files, which are opened once the configuration is understood.
@@ -134,10 +155,7 @@ fn understand(
     options: &LoadOptions,
     files: impl FnOnce() -> Result<safetensors::Model>,
 ) -> Result<Checkpoint> {
-    let file = dir.join("config.json");
-    let config = Config::parse(json).map_err(|e| e.in_file(&file))?;
-    let settings: Map<_, _> = config.keys().filter_map(|k| Some((k.to_owned(), config.get(k)?.clone()))).collect();
-    let fields = Fields::new(file.display().to_string(), options.context, settings);
+    let fields = fields(&dir.join("config.json"), json, options.context)?;
     let arch = arch::of_config(&fields)?;
     let scheme = Scheme::of(&fields)?;
     let spec = (arch.spec)(&fields)?;
@@ -149,7 +167,17 @@ fn understand(
         said.then_some(false)
     });
     let (mode, check, tokenizer) = (options.mode, options.check_tensors, tokenizer(false, spec.vocab));
-    Ok(Checkpoint { spec, source, names: arch.names, tied, hash, mode, check, tokenizer })
+    Ok(Checkpoint { spec, source, names: arch.names, tied, hash, mode, check, packed: None, tokenizer })
+}
+
+/// The settings of a config.json, `file` in messages.
+///
+/// # Errors
+/// Something that is no JSON object.
+pub(super) fn fields(file: &Path, json: &[u8], context: Option<usize>) -> Result<Fields> {
+    let config = Config::parse(json).map_err(|e| e.in_file(file))?;
+    let settings: Map<_, _> = config.keys().filter_map(|k| Some((k.to_owned(), config.get(k)?.clone()))).collect();
+    Ok(Fields::new(file.display().to_string(), context, settings))
 }
 
 /// The tensors of `files`; with a scheme, quantised ones too.

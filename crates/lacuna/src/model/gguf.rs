@@ -32,19 +32,13 @@ pub(super) fn open(path: &Path, options: &LoadOptions) -> Result<Checkpoint> {
     let (mode, check) = (options.mode, options.check_tensors);
     let kind = file.metadata().str("tokenizer.ggml.model").unwrap_or_default();
     let (tokenizer, hash) = (tokenizer(kind == "llama", spec.vocab), file.hash());
-    Ok(Checkpoint { spec, source, names: side.names, tied: None, hash, mode, check, tokenizer })
+    Ok(Checkpoint { spec, source, names: side.names, tied: None, hash, mode, check, packed: None, tokenizer })
 }
 
 /// Metadata as settings: those of the architecture without its prefix, those of other groups whole; beside them the
 /// divisor tensors, and the size of the vocabulary by the embedding.
 fn settings(file: &Gguf, arch: &str) -> Result<Map<String, Json>> {
-    let prefix = format!("{arch}.");
-    let mut map = Map::new();
-    for (key, value) in file.metadata().iter() {
-        if let Some(json) = setting(value) {
-            map.insert(key.strip_prefix(&prefix).unwrap_or(key).to_owned(), json);
-        }
-    }
+    let mut map = named(file.metadata().iter(), arch);
     if file.is_powerinfer() {
         map.insert("powerinfer".into(), true.into());
     }
@@ -61,6 +55,13 @@ fn settings(file: &Gguf, arch: &str) -> Result<Map<String, Json>> {
         map.insert("vocab_size".into(), t.rows_cols().0.into());
     }
     Ok(map)
+}
+
+/// Pairs of a header as settings: those of the architecture `arch` without its prefix.
+pub(super) fn named<'a>(pairs: impl Iterator<Item = (&'a str, &'a Value)>, arch: &str) -> Map<String, Json> {
+    let prefix = format!("{arch}.");
+    let short = |key: &str| key.strip_prefix(&prefix).unwrap_or(key).to_owned();
+    pairs.filter_map(|(key, value)| Some((short(key), setting(value)?))).collect()
 }
 
 /// A value as JSON; `None` for long lists. Numbers that JSON does not have become a text, which every reader of numbers

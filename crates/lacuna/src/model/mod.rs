@@ -10,6 +10,7 @@ pub mod arch;
 pub mod bamboo;
 pub mod bind;
 pub mod checkpoint;
+pub mod export;
 pub mod fields;
 pub mod gemma2;
 pub mod gemma3;

@@ -68,7 +68,10 @@ impl Stored {
     }
 
     /// Its bytes in memory of their own, in `format`. Nothing of a mapped original stays resident.
-    fn in_memory(&self, file: &str, name: &str) -> Result<Bytes> {
+    ///
+    /// # Errors
+    /// A file that cannot be read any more, or became shorter.
+    pub(super) fn in_memory(&self, file: &str, name: &str) -> Result<Bytes> {
         let bytes = self.bytes.in_memory().map_err(Error::io(file.as_ref()))?;
         self.bytes.release();
         let (rows, cols) = self.rows_cols();

@@ -1,7 +1,8 @@
 //! The weights of a model, bound to their places. All matrices are [`Weight`]s, usually parts of a mapped file.
 
 use super::spec::Spec;
-use lacuna_core::{site::Proj, weight::Weight};
+use lacuna_core::{format::packed::PackedFile, site::Proj, weight::Weight};
+use std::sync::Arc;
 
 /// `y = W x + b`.
 #[derive(Clone, Debug)]
@@ -109,6 +110,8 @@ pub struct Model {
     pub head: Linear,
     /// Hex hash that binds plans and converted layouts to these weights.
     pub hash: String,
+    /// Lacuna's own forms of some matrices of the blocks, named by their places (`layers.3.mlp.down`): the same numbers.
+    pub packed: Option<Arc<PackedFile>>,
 }
 
 impl Block {

@@ -94,7 +94,7 @@ fn fail(path: &Path, what: &str) -> Error {
     Error::Tokenizer { file: path.display().to_string(), problem: what.to_owned() }
 }
 
-fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     let meta = match fs::metadata(path) {
         Ok(m) => m,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),

@@ -4,6 +4,7 @@
 //! the same for all of them: every id stands for a run of bytes ([`Pieces`]), so streaming can cut anywhere and hold
 //! back what is not yet a whole character.
 
+mod export;
 mod gguf;
 mod json;
 mod metadata;

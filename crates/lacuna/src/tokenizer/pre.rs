@@ -12,13 +12,13 @@ pub(super) struct PreTokenizer {
     pub nfc: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const ONE_DIGIT: &str = r"\p{N}";
+pub(super) const ONE_DIGIT: &str = r"\p{N}";
 
 const fn plain(splits: &'static [&'static str]) -> PreTokenizer {
     PreTokenizer { splits, ignore_merges: false, nfc: false }
@@ -54,6 +54,12 @@ const TABLE: &[(&str, PreTokenizer)] = &[
 /// The cutting rule of that name.
 pub(super) fn find(name: &str) -> Option<PreTokenizer> {
     TABLE.iter().find(|(n, _)| *n == name).map(|(_, p)| *p)
+}
+
+/// The name of a cutting rule; the first where several have it.
+pub(super) fn name_of(splits: &[String], ignore_merges: bool, nfc: bool) -> Option<&'static str> {
+    let same = |p: &PreTokenizer| p.splits == splits && (p.ignore_merges, p.nfc) == (ignore_merges, nfc);
+    TABLE.iter().skip(1).find(|(_, p)| same(p)).map(|(n, _)| *n)
 }
 
 /// Names of the pre-tokenizers that GGUF files may ask for.

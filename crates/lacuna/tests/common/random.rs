@@ -151,6 +151,7 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         positions: kind.classic.then(|| m.weight(CONTEXT + 2, WIDTH)),
         blocks: (0..LAYERS).map(|_| m.block()).collect(),
         final_norm: m.norm(),
+        packed: None,
         head: Linear { weight: embed.clone(), bias: None },
         embed,
         hash: format!("random-{seed}"),

@@ -6,6 +6,8 @@ pub mod cfsp;
 pub mod chita;
 pub mod gpfq;
 pub mod gptq;
+pub mod gptvq;
+pub mod kmeans;
 pub mod magnitude;
 pub mod patch;
 pub mod random;

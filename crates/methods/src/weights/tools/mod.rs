@@ -2,9 +2,12 @@
 
 pub mod factor;
 pub mod grid;
+pub mod pairs;
 pub mod rows;
 pub mod select;
 pub mod sweep;
+pub mod tune;
+pub mod vq;
 
 #[cfg(test)]
 pub mod testing;

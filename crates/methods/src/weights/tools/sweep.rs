@@ -50,7 +50,8 @@ pub fn sweep(layer: &Layer<'_>, factor: &Factor, aim: Aim) -> Changed {
         }
         let block = Block { layer, factor, aim, start, end };
         block.rows(&mut w, &mut kept, &mut state);
-        block.behind(&mut w, &state);
+        let errors: Vec<f32> = state.iter().flat_map(|r| &r.errors).copied().collect();
+        push(layer, factor, &mut w, &errors, start..end);
     }
     let codes = aim.grid.map(|g| Codes {
         bits: g.bits,
@@ -161,22 +162,21 @@ impl Block<'_> {
         select::keep_largest(&scores, drop, &mut mask);
         run.zip(mask).for_each(|(j, k)| kept[j] &= k);
     }
+}
 
-    /// Pushes the errors of the block into all columns behind it: `W[:, end..] -= E U[start..end, end..]`.
-    fn behind(&self, w: &mut [f32], state: &[Row]) {
-        let (n, rows, width) = (self.layer.inputs, self.layer.outputs, self.end - self.start);
-        if self.end == n {
-            return;
-        }
-        let errors: Vec<f32> = state.iter().flat_map(|r| &r.errors).copied().collect();
-        let e = MatRef::from_row_major_slice(&errors, rows, width);
-        let u = MatRef::from_row_major_slice(&self.factor.upper, n, n);
-        let u = u.submatrix(self.start, self.end, width, n - self.end);
-        let all = MatMut::from_row_major_slice_mut(w, rows, n);
-        let behind = all.submatrix_mut(0, self.end, rows, n - self.end);
-        matmul(behind, Accum::Add, e, u, -1.0, Par::rayon(0));
-        if let Some(frozen) = self.layer.kept {
-            w.iter_mut().zip(frozen).filter(|(_, k)| !**k).for_each(|(w, _)| *w = 0.0);
-        }
+/// Pushes the errors of columns `block` (`[rows, columns]`) into all columns behind them: `W[:, end..] -= E U[block, end..]`;
+/// dropped entries stay zero.
+pub fn push(layer: &Layer<'_>, factor: &Factor, w: &mut [f32], errors: &[f32], block: std::ops::Range<usize>) {
+    let (n, rows, width) = (layer.inputs, layer.outputs, block.len());
+    if block.end == n {
+        return;
+    }
+    let e = MatRef::from_row_major_slice(errors, rows, width);
+    let u = MatRef::from_row_major_slice(&factor.upper, n, n);
+    let u = u.submatrix(block.start, block.end, width, n - block.end);
+    let all = MatMut::from_row_major_slice_mut(w, rows, n);
+    matmul(all.submatrix_mut(0, block.end, rows, n - block.end), Accum::Add, e, u, -1.0, Par::rayon(0));
+    if let Some(frozen) = layer.kept {
+        w.iter_mut().zip(frozen).filter(|(_, k)| !**k).for_each(|(w, _)| *w = 0.0);
     }
 }

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""What each method of `lacuna compress` makes of each model: bytes, bits per byte, divergence, agreement, time.
+
+    python3 tools/compress_table.py --models DIR,DIR --calibration TEXT --test TEXT [--specs "magnitude --sparsity 0.5;..."]
+
+For every model and every line of flags it compresses into a folder that is removed again, scores the result against the model on
+the test text (`eval kld`), and prints a row. Bytes are those of all weights in the form that Lacuna reads: bitmaps where zeros
+make them smaller (computed from the counts of zeros in the lock), blocks for codes, the container for books. CPU time is user
+time of `compress` alone. At the end it says, by model, in which order the methods of a kind stand, and for every result with
+zeros the best one without in as many bytes or fewer.
+"""
+import argparse, json, os, pathlib, resource, subprocess, sys, tempfile
+
+SPECS = """magnitude --sparsity 0.5
+wanda --sparsity 0.5
+sparsegpt --sparsity 0.5
+sparsegpt --sparsity 0.5 --bits 4
+rtn --bits 8
+rtn --bits 4
+gptq --bits 4
+gptvq --bits 4
+rtn --bits 3
+gptq --bits 3
+gptvq --bits 3
+kmeans --bits 3
+gptq --bits 2
+gptvq --bits 2"""
+
+ORDERS = [["sparsegpt --sparsity 0.5", "wanda --sparsity 0.5", "magnitude --sparsity 0.5"], ["gptq --bits 4", "rtn --bits 4"],
+          ["gptq --bits 3", "rtn --bits 3"], ["gptvq --bits 3", "kmeans --bits 3"]]
+
+
+def run(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    return done, seconds
+
+
+def read_bytes(layer, books):
+    """Bytes of one matrix in the smallest form that Lacuna reads it in."""
+    n, zeros, bits = layer["outputs"] * layer["inputs"], layer["zeros"], layer["bits"]
+    kept = n - zeros
+    if books:
+        return layer["bytes"][1]
+    if bits is None:
+        return min(layer["bytes"][1], n / 8 + layer["bytes"][1] / n * kept)
+    if bits <= 4:
+        return min(0.5625 * n, 0.1875 * n + 0.518 * kept)
+    return min(1.0625 * n, 0.1875 * n + kept)
+
+
+def weights(directory):
+    files = sorted(pathlib.Path(directory).glob("*.safetensors"))
+    total = 0
+    for file in files:
+        with open(file, "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        total += sum(t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if n != "__metadata__")
+    return total
+
+
+def row(a, model, spec):
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "out")
+        command = [a.ours, "compress", model, "--method", *spec.split(), "-f", a.calibration, "-n", str(a.tokens), "-t", str(a.threads), "-o", out]
+        done, seconds = run(command)
+        if done.returncode:
+            return None, (done.stderr.strip().splitlines() or ["failed"])[-1]
+        lock = json.load(open(os.path.join(out, "lacuna.lock.json")))
+        books = os.path.exists(os.path.join(out, "model.lacuna"))
+        fixed = weights(model) - sum(l["bytes"][0] for l in lock["layers"])
+        size = fixed + sum(read_bytes(l, books) for l in lock["layers"])
+        done, _ = run([a.ours, "eval", "kld", "-m", out, "--base", model, "-f", a.test, "-t", str(a.threads), "--json"])
+        if done.returncode:
+            return None, (done.stderr.strip().splitlines() or ["failed"])[-1]
+        result = json.loads(done.stdout)
+        sparse = any(2 * l["dropped"] > 0 for l in lock["layers"])
+        return {"spec": spec, "bytes": round(size), "bits": result["test"]["bits_per_byte"], "base": result["base"]["bits_per_byte"],
+                "kl": result["kld_mean"], "top": result["same_top"], "seconds": seconds, "sparse": sparse}, None
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("--ours", default="target/release/lacuna")
+    ap.add_argument("--models", required=True)
+    ap.add_argument("--calibration", required=True)
+    ap.add_argument("--test", required=True)
+    ap.add_argument("--specs", default=SPECS.replace("\n", ";"))
+    ap.add_argument("--tokens", type=int, default=16384)
+    ap.add_argument("--threads", type=int, default=1)
+    a = ap.parse_args()
+    for model in a.models.split(","):
+        rows = []
+        name = pathlib.Path(model).name
+        print(f"\n{name}: {weights(model):,} bytes", flush=True)
+        print("| method | bytes read | bits/byte | KL | same top-1 | CPU time |\n|---|---:|---:|---:|---:|---:|", flush=True)
+        for spec in a.specs.split(";"):
+            found, problem = row(a, model, spec.strip())
+            if not found:
+                print(f"| `{spec}` | {problem} | | | | |", flush=True)
+                continue
+            rows.append(found)
+            print(f"| `{spec}` | {found['bytes']:,} | {found['bits']:.4f} | {found['kl']:.4f} | {100 * found['top']:.1f} % | {found['seconds']:.1f} s |", flush=True)
+        if rows:
+            print(f"without compression: {rows[0]['base']:.4f} bits/byte")
+        by = {r["spec"]: r for r in rows}
+        for order in ORDERS:
+            there = [by[s] for s in order if s in by]
+            holds = all(x["kl"] <= y["kl"] for x, y in zip(there, there[1:]))
+            if len(there) > 1:
+                print(f"{' <= '.join(r['spec'] for r in there)}: {'holds' if holds else 'DOES NOT HOLD'}")
+        for r in (r for r in rows if r["sparse"]):
+            dense = [d for d in rows if not d["sparse"] and d["bytes"] <= r["bytes"]]
+            if dense:
+                best = min(dense, key=lambda d: d["kl"])
+                word = "beats it" if best["kl"] < r["kl"] else "does not"
+                print(f"{r['spec']} (KL {r['kl']:.4f} in {r['bytes']:,}): dense {best['spec']} {word} (KL {best['kl']:.4f} in {best['bytes']:,})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
