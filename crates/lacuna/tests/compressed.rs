@@ -58,7 +58,8 @@ fn transformers_computes_the_same_logits() {
     let vocab = load(&embedded, &LoadOptions::default()).unwrap().spec.vocab;
     let tokens: Vec<u32> = (1..24).map(|i| i * 37 % vocab as u32).collect();
     let searched = "rtn=4:group=64 in 6000000 bytes";
-    let specs = ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0", "cfsp=0.5:multiple=8", "gptvq=3:rounds=5"];
+    let specs =
+        ["sparsegpt=0.5", "wanda=0.5,gptq=4:group=64", "rtn=8:group=0", "cfsp=0.5:multiple=8", "gptvq=3:rounds=5"];
     for spec in specs.into_iter().chain([searched]) {
         let output = dir.path().join(spec.replace([',', '=', ':', ' '], "-"));
         let (spec, bytes) = spec.strip_suffix(" bytes").and_then(|s| s.split_once(" in ")).unwrap_or((spec, ""));

@@ -21,7 +21,7 @@ pub fn compress(
     progress: &mut dyn FnMut(Progress<'_>),
     directory: impl FnOnce(&Request, &mut dyn FnMut(Progress<'_>)) -> Result<Report>,
 ) -> Result<Report> {
-    check_place(request, Target::Gguf)?;
+    check_place(&request.model, &request.output, Target::Gguf)?;
     drop(Export::new(&request.model)?);
     let folder = Unfinished(beside(&request.output, "lacuna-hf")?);
     let mut report = directory(&Request { output: folder.0.clone(), ..request.clone() }, progress)?;

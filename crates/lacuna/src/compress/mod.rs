@@ -306,7 +306,8 @@ impl<'a> Plan<'a> {
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
         let (grid, books) = rounding(&request.steps)?;
-        let plan = Self { request, target, homes, names, spec, grid, books, choices: Choices::default(), narrowed: None };
+        let plan =
+            Self { request, target, homes, names, spec, grid, books, choices: Choices::default(), narrowed: None };
         if books.is_some() && plan.in_blocks() {
             let (file, what) = (request.output.display().to_string(), "codes of pairs in a GGUF file".into());
             let remedy = "; write a directory, or use gptq, awq or rtn".into();
@@ -364,7 +365,7 @@ impl<'a> Plan<'a> {
         layer: usize,
         source: &Source,
         mut layers: Vec<LayerReport>,
-        made: &[Finished],
+        tensors: &[Finished],
     ) -> Vec<LayerReport> {
         for (home, made) in self.homes[layer].iter().zip(self.made(layer).0) {
             let smaller = (made.outputs * made.inputs) as f64 / (home.outputs * home.inputs).max(1) as f64;
@@ -373,7 +374,8 @@ impl<'a> Plan<'a> {
             for (proj, rows) in &home.parts {
                 let part = |bytes: u64| (bytes as f64 * rows.len() as f64 / home.outputs as f64).round() as u64;
                 let of = |l: &&mut LayerReport| l.proj == proj.name();
-                let packed = made.iter().find(|t| t.name == packed_name(layer, *proj)).map(|t| t.data.len() as u64);
+                let packed = tensors.iter().find(|t| t.name == packed_name(layer, *proj));
+                let packed = packed.map(|t| t.data.len() as u64);
                 layers.iter_mut().filter(of).for_each(|l| l.bytes = (part(before), packed.unwrap_or(part(after))));
             }
         }

@@ -68,7 +68,7 @@ pub struct Packed {
 impl Packed {
     /// `model` without bitmaps.
     pub(super) fn nothing(model: &Arc<Model>) -> Self {
-        Self { model: model.clone(), matrices: 0, dense_bytes: 0, bytes: 0, notes: Vec::new(), dead: 0 }
+        Self { model: model.clone(), matrices: 0, books: 0, dense_bytes: 0, bytes: 0, notes: Vec::new(), dead: 0 }
     }
 
     /// One line for people.
@@ -76,7 +76,8 @@ impl Packed {
         let share = 100.0 * self.bytes as f64 / self.dense_bytes.max(1) as f64;
         let counts = [(self.books, "codes of pairs"), (self.matrices, "bitmaps")];
         let parts = counts.iter().filter(|c| c.0 > 0).map(|(n, what)| format!("{n} matrices are read as {what}"));
-        format!("{}, {share:.1} % of their bytes", parts.collect::<Vec<_>>().join(", "))
+        let parts = parts.collect::<Vec<_>>().join(", ");
+        if parts.is_empty() { "all matrices are dense".into() } else { format!("{parts}, {share:.1} % of their bytes") }
     }
 
     /// What a listing adds to the name of the plan.

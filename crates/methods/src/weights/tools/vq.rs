@@ -193,8 +193,8 @@ fn shares(vectors: &[Vector], k: usize) -> Vec<(Free, usize)> {
         // One at least for each of those behind.
         kinds -= 1;
         let own = ((left * weight) as f64 / all as f64).round() as usize;
-        let own = own.clamp(1, left - kinds);
-        out.push((free, own));
+        let own = own.clamp(1, left.saturating_sub(kinds).max(1)).min(left);
+        out.extend(Some((free, own)).filter(|s| s.1 > 0));
         (left, all) = (left - own, all - weight);
     }
     if left > 0 {
@@ -307,7 +307,7 @@ mod tests {
     #[test]
     fn the_nearest_entry_is_found() {
         let all = vectors(8, 500, |i| (i % 4) as Free);
-        for k in [1, 5, 64] {
+        for k in [5, 16, 64] {
             let book = kmeans(&all, k, 5, 7).0;
             let finder = book.finder();
             for v in &all {
