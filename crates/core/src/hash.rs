@@ -55,7 +55,7 @@ const CRC32C: [[u32; 256]; 8] = {
     while i < 256 {
         let (mut crc, mut bit) = (i as u32, 0);
         while bit < 8 {
-            crc = crc >> 1 ^ (crc & 1) * 0x82f6_3b78;
+            crc = (crc >> 1) ^ ((crc & 1) * 0x82f6_3b78);
             bit += 1;
         }
         tables[0][i] = crc;

@@ -290,7 +290,7 @@ pub(crate) struct Plan<'a> {
     names: &'static crate::model::names::Names,
     spec: crate::model::spec::Spec,
     /// Bits and group of the codes, if a step rounds to a grid.
-    grid: Option<(u32, usize)>,
+    grid: Option<Grid>,
     /// Bits of a weight, if a step gives pairs and books.
     books: Option<u32>,
     /// What was decided for single projections.
@@ -624,8 +624,11 @@ fn dense_bytes(source: &Source, home: &Home) -> u64 {
     source.tensors.get(&home.tensor).map_or(0, |t| t.bytes.len() as u64)
 }
 
-/// Bits and group of the codes of a grid, or bits of books, after a check of the order of the steps.
-fn rounding(steps: &[Resolved]) -> Result<(Option<(u32, usize)>, Option<u32>)> {
+/// Bits and group of codes.
+type Grid = (u32, usize);
+
+/// The grid of the codes, or bits of books, after a check of the order of the steps.
+fn rounding(steps: &[Resolved]) -> Result<(Option<Grid>, Option<u32>)> {
     let (mut grid, mut books) = (None, None);
     for step in steps {
         let (method, name) = (step.method, step.method.name());
