@@ -1,7 +1,7 @@
 //! Writing a Hugging Face model as a GGUF file: the inverse of reading one.
 //!
-//! The tables that readers go by are used backwards: tensors by both sides' names ([`tensors`]), settings by what the spec
-//! says ([`metadata`]), the vocabulary by [`GgufVocab::from_dir`]. Conventions are those of llama.cpp's
+//! The tables that readers go by are used backwards: tensors by both sides' names (`tensors`), settings by what the spec
+//! says (`metadata`), the vocabulary by [`GgufVocab::from_dir`]. Conventions are those of llama.cpp's
 //! `convert_hf_to_gguf.py`: vectors, routers and learned positions in F32, other matrices in the type that they have (codes of
 //! compressed-tensors as Q4_0 or Q8_0 blocks, which hold the same numbers), rows of query and key of the llama family turned
 //! from halves to neighbours. Before anything is written the settings are read back: what a GGUF file cannot say of a model is

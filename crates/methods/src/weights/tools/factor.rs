@@ -62,7 +62,7 @@ pub struct Damped {
 /// Damps what was seen of the inputs of `layer`.
 ///
 /// # Errors
-/// As [`factor`].
+/// As [`factor()`].
 pub fn damped(layer: &Layer<'_>) -> Result<Damped, MethodError> {
     let n = layer.inputs;
     let (result, notes) = with_damping(layer, |at| {
