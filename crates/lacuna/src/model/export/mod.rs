@@ -37,10 +37,12 @@ impl Export {
     /// Decides everything but the data: reads headers, settings and the vocabulary of the Hugging Face model at `dir`.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`]; architectures without a GGUF form, and settings, tensors or vocabularies that such a file
+    /// As [`Checkpoint::open`] and [`Checkpoint::bind`]; architectures without a GGUF form, and settings, tensors or vocabularies that such a file
     /// cannot hold.
     pub fn new(dir: &Path) -> Result<Self> {
         let (fields, side) = understand(dir)?;
+        // Binding holds every tensor's shape against the settings, which the writer relies on.
+        drop(Checkpoint::open(dir, &LoadOptions::default())?.bind()?);
         let checkpoint = Checkpoint::open(dir, &LoadOptions::default())?;
         let mut notes = Vec::new();
         let settings = metadata::all(dir, &fields, side, &checkpoint.spec, &mut notes)?;

@@ -75,6 +75,23 @@ fn what_is_written_computes_the_same_logits() {
 }
 
 #[test]
+fn settings_that_do_not_fit_the_tensors_are_refused_before_anything_is_written() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama2");
+    let settings = ["num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size"];
+    for (key, factor) in settings.into_iter().flat_map(|k| [(k, 2), (k, 1000)]) {
+        let dir = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(&fixture).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+            std::fs::copy(&entry, dir.path().join(entry.file_name().unwrap())).unwrap();
+        }
+        let file = dir.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        config[key] = (config[key].as_u64().unwrap() * factor).into();
+        std::fs::write(&file, config.to_string()).unwrap();
+        assert!(Export::new(dir.path()).is_err(), "{key} times {factor}");
+    }
+}
+
+#[test]
 fn the_tensors_are_those_of_the_published_converter() {
     // Files that `gguf` (Python) wrote of the same models: `tools/make_fixtures.py`.
     let dir = tempfile::tempdir().unwrap();
