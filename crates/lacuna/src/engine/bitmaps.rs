@@ -171,12 +171,18 @@ fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<
     let take = |m: Mutex<Option<_>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
     let all = wanted.into_iter().zip(made).filter_map(|(place, m)| Some(take(m)?.map(|w| (place, w))));
     let mut all: Vec<_> = all.collect::<Result<_>>()?;
-    // Where it would be slower, the dense form beside it is read.
+    // Where it would be slower, or larger (books of small matrices), the dense form beside it is read.
     let before = all.len();
-    all.retain(|(_, w)| codebook::pays(isa::get(), w.codebook().bits()));
+    let smaller = |l: usize, p, w: &Weight| {
+        model.blocks[l].linear(p).is_some_and(|dense| w.bytes().len() < dense.weight.bytes().len())
+    };
+    all.retain(|((l, p), w)| codebook::pays(isa::get(), w.codebook().bits()) && smaller(*l, *p, w));
     if all.len() < before {
         let (n, isa) = (before - all.len(), isa::get());
-        tracing::info!("{n} matrices of {} stay dense: codes of pairs are slower with {isa}", file.path().display());
+        tracing::info!(
+            "{n} matrices of {} stay dense: codes of pairs are slower with {isa}, or larger",
+            file.path().display()
+        );
     }
     Ok(all)
 }

@@ -147,7 +147,7 @@ impl Engine {
         let mut engine = Self { shared: Arc::new(shared) };
         let after = engine.bytes_per_token(0);
         if let Some(shared) = Arc::get_mut(&mut engine.shared) {
-            shared.saved += before - after;
+            shared.saved += before.saturating_sub(after);
         }
         engine
     }
