@@ -2,10 +2,10 @@
 //! of the dense kernels, in their order.
 
 use super::Bitmap;
-use super::gemv::WIDE;
 use super::pack::stored_unit;
 use crate::Format;
 use crate::gemv::Operand;
+use crate::gemv::WIDE;
 use crate::x86::prefetch;
 use std::arch::x86_64::*;
 

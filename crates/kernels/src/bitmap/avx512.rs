@@ -1,11 +1,11 @@
 //! AVX-512: `vpexpand` puts packed values on their places; then the arithmetic of the dense kernels, in their order, so that
 //! the results have their bits. Rows that lie far apart are computed side by side, as there.
 
-use super::gemv::WIDE;
 use super::pack::stored_unit;
 use super::{Bitmap, PADDING};
 use crate::Format;
 use crate::gemv::Operand;
+use crate::gemv::WIDE;
 use crate::x86::prefetch;
 use std::arch::x86_64::*;
 

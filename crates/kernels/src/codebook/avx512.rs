@@ -1,8 +1,8 @@
 //! AVX-512: tables in registers, permutes by bytes.
 
-use super::gemv::WIDE;
 use super::{Codebook, UNIT, entries};
 use crate::gemv::Operand;
+use crate::gemv::WIDE;
 use crate::x86::prefetch;
 use std::arch::x86_64::*;
 

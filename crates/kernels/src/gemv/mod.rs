@@ -14,6 +14,7 @@ mod multi512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod operand;
+pub(crate) mod runs;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,7 @@ const CLAIM_BYTES: (usize, usize) = (8 << 10, 128 << 10);
 /// Claims per thread that a region is cut into, within these limits.
 const CLAIMS: usize = 16;
 /// Most rows that a kernel computes side by side.
-const WIDE: usize = 4;
+pub(crate) const WIDE: usize = 4;
 
 /// One product `y = W x`.
 pub struct Job<'a> {
