@@ -1,12 +1,15 @@
 //! Scratch memory aligned to cache lines, viewed as the number type that a kernel works in.
 
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+
 /// One cache line, and one AVX-512 register.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
 /// A growing buffer of cache lines. Its contents are whatever was written last; fresh lines are zero.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Buffer {
     lines: Vec<Line>,
 }
@@ -49,6 +52,36 @@ impl Buffer {
         assert!(n * size_of::<T>() <= self.lines.len() * size_of::<Line>(), "the buffer is shorter than {n} numbers");
         // SAFETY: as above, checked by the assertion.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), n) }
+    }
+}
+
+/// Numbers of one type that begin at a cache line: loads of whole registers never touch two lines.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Numbers<T> {
+    buffer: Buffer,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: Number> Numbers<T> {
+    /// Makes it `n` numbers long; new ones hold anything that was there before.
+    pub(crate) fn resize(&mut self, n: usize) {
+        self.buffer.at_least::<T>(n);
+        self.len = n;
+    }
+}
+
+impl<T: Number> Deref for Numbers<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.buffer.numbers(self.len)
+    }
+}
+
+impl<T: Number> DerefMut for Numbers<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.buffer.at_least(self.len)
     }
 }
 

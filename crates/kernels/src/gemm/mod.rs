@@ -43,7 +43,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_int8;
-mod buffer;
+pub(crate) mod buffer;
 mod codes;
 #[cfg(target_arch = "x86_64")]
 mod decode512;

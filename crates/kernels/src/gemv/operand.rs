@@ -1,5 +1,6 @@
 //! The vector of a product, prepared once for all matrices that it meets.
 
+use crate::gemm::buffer::Numbers;
 use crate::{Format, Isa, isa};
 
 /// Numbers that share one scale in the int8 form.
@@ -17,8 +18,8 @@ pub(crate) const GROUP: usize = 128;
 #[derive(Clone, Debug, Default)]
 pub struct Operand {
     len: usize,
-    plain: Vec<f32>,
-    split: Vec<f32>,
+    plain: Numbers<f32>,
+    split: Numbers<f32>,
     int8: Int8,
     q4_0: Q4_0,
     have: Have,
@@ -36,15 +37,15 @@ struct Have {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Int8 {
     /// Codes, -127 to 127.
-    pub q: Vec<i8>,
+    pub q: Numbers<i8>,
     /// Scale per block of 32.
-    pub d: Vec<f32>,
+    pub d: Numbers<f32>,
     /// The same scales, each 8 times: one per lane of four numbers.
-    pub d8: Vec<f32>,
+    pub d8: Numbers<f32>,
     /// `d` times the sum of the codes, per block of 32.
-    pub sum: Vec<f32>,
+    pub sum: Numbers<f32>,
     /// `-128` times the sum of four codes, per lane of four numbers: turns products with `w + 128` into those with `w`.
-    pub bias: Vec<i32>,
+    pub bias: Numbers<i32>,
 }
 
 /// The int8 form in groups of four blocks (128 numbers) for Q4_0's wide kernels: first the first 16 numbers of each
@@ -52,11 +53,11 @@ pub(crate) struct Int8 {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Q4_0 {
     /// Codes, 128 per group.
-    pub q: Vec<i8>,
+    pub q: Numbers<i8>,
     /// Scales, each 4 times: 16 lanes per group.
-    pub d4: Vec<f32>,
+    pub d4: Numbers<f32>,
     /// `-8` times the sum of the eight codes of a lane, 16 lanes per group.
-    pub bias: Vec<i32>,
+    pub bias: Numbers<i32>,
 }
 
 impl Operand {
@@ -86,12 +87,12 @@ impl Operand {
         };
         let padded = x.len().next_multiple_of(PAD);
         if self.have.plain {
-            self.plain.clear();
-            self.plain.extend_from_slice(x);
-            self.plain.resize(padded, 0.0);
+            self.plain.resize(padded);
+            self.plain[..x.len()].copy_from_slice(x);
+            self.plain[x.len()..].fill(0.0);
         }
         if self.have.split {
-            self.split.resize(padded, 0.0);
+            self.split.resize(padded);
             split(x, &mut self.split);
         }
         if self.have.int8 {
@@ -145,19 +146,19 @@ impl Operand {
 
 impl Int8 {
     fn resize(&mut self, n: usize) {
-        self.q.resize(n, 0);
-        self.d.resize(n / BLOCK, 0.0);
-        self.d8.resize(n / 4, 0.0);
-        self.sum.resize(n / BLOCK, 0.0);
-        self.bias.resize(n / 4, 0);
+        self.q.resize(n);
+        self.d.resize(n / BLOCK);
+        self.d8.resize(n / 4);
+        self.sum.resize(n / BLOCK);
+        self.bias.resize(n / 4);
     }
 }
 
 impl Q4_0 {
     fn resize(&mut self, n: usize) {
-        self.q.resize(n, 0);
-        self.d4.resize(n / 8, 0.0);
-        self.bias.resize(n / 8, 0);
+        self.q.resize(n);
+        self.d4.resize(n / 8);
+        self.bias.resize(n / 8);
     }
 }
 
@@ -218,6 +219,7 @@ fn quantise_body(x: &[f32], out: &mut Int8, mut q4_0: Option<&mut Q4_0>) {
     let mut last = [0.0; BLOCK];
     last[..rest.len()].copy_from_slice(rest);
     let codes = out.q.as_chunks_mut::<BLOCK>().0;
+    let (scales, sums) = (&mut out.d[..], &mut out.sum[..]);
     let lanes = out.bias.as_chunks_mut::<8>().0.iter_mut().zip(out.d8.as_chunks_mut::<8>().0);
     for (b, (codes, (bias, d8))) in codes.iter_mut().zip(lanes).enumerate() {
         let block = match whole.get(b) {
@@ -227,9 +229,9 @@ fn quantise_body(x: &[f32], out: &mut Int8, mut q4_0: Option<&mut Q4_0>) {
         };
         let d = quantise_block(block, codes);
         let sum = lane_bias(codes, bias);
-        out.d[b] = d;
+        scales[b] = d;
         *d8 = [d; 8];
-        out.sum[b] = d * sum as f32;
+        sums[b] = d * sum as f32;
         if let Some(q4_0) = q4_0.as_deref_mut() {
             place_q4_0(b, d, codes, bias, q4_0);
         }
