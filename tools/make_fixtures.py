@@ -45,6 +45,21 @@ def rope(kind, theta=10000.0, **kw):
     return dict(rope_type=kind, rope_theta=theta, **kw)
 
 
+def minicpm3(**kw):
+    return tf.MiniCPM3Config(**(BASE | dict(hidden_size=42, num_key_value_heads=6, head_dim=None, qk_nope_head_dim=5,
+                                            qk_rope_head_dim=6, q_lora_rank=19, kv_lora_rank=13, scale_emb=3, scale_depth=1.4,
+                                            dim_model_base=16) | kw))
+
+
+# BlockFFN's MLP in a MiniCPM3: what its config.json says in place of the sizes of a dense one.
+def blockffn(**kw):
+    return dict(attention_type="mla", ffn_type="block", hidden_act="silu", router_act="relu", expert_size=10, num_experts=7,
+                norm_after_router="rms", block_implementation="torch") | kw
+
+
+BLOCKFFN = {"blockffn": blockffn(),
+            "blockffn-linear": blockffn(ffn_type="block_linear", expert_size=6, num_experts=9, norm_after_router="sum", norm_scale=0.5)}
+
 GPT2 = dict(vocab_size=131, n_embd=48, n_head=3, n_layer=2, n_positions=64, n_inner=70, bos_token_id=1, eos_token_id=2)
 NEOX = dict(vocab_size=131, hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=70,
             max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
@@ -86,6 +101,11 @@ MODELS = {
     "gpt-neox": (tf.GPTNeoXConfig(**NEOX, rotary_pct=0.25, use_parallel_residual=True), True),
     "gpt-neox-serial": (tf.GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, hidden_act="gelu_new"), False),
     "bamboo": (tf.MistralConfig(**(BASE | dict(hidden_act="relu", sliding_window=None))), True),
+    "minicpm": (tf.GraniteConfig(**(BASE | dict(head_dim=8, embedding_multiplier=3.0, residual_multiplier=1.4 / 2**0.5,
+                                                attention_multiplier=8**-0.5, logits_scaling=48 / 16))), True),
+    "minicpm3": (minicpm3(v_head_dim=9), True),
+    "blockffn": (minicpm3(num_hidden_layers=3), True),
+    "blockffn-linear": (minicpm3(), True),
     "mixtral": (tf.MixtralConfig(**(BASE | dict(hidden_size=40, intermediate_size=38, num_local_experts=5,
                                                 num_experts_per_tok=2, sliding_window=None))), True),
     "qwen3-moe": (tf.Qwen3MoeConfig(**(BASE | dict(hidden_size=40, moe_intermediate_size=38, num_experts=5,
@@ -180,6 +200,35 @@ def relu_on_both_branches(model):
         m.forward = lambda x, m=m: m.down_proj(m.act_fn(m.gate_proj(x)) * m.act_fn(m.up_proj(x)))
 
 
+class BlockMLP(torch.nn.Module):
+    """`sum over e of p_e down_e(silu(up_e x))`, `p` from the ReLU of the router's scores (thunlp/BlockFFN, own words)."""
+
+    def __init__(self, width, settings, eps):
+        super().__init__()
+        self.settings, self.eps = settings, eps
+        n, inner = settings["num_experts"], settings["expert_size"]
+        linear = settings["ffn_type"] == "block_linear"
+        self.up_proj = torch.nn.Parameter(torch.empty((n * inner, width) if linear else (n, inner, width)))
+        self.down_proj = torch.nn.Parameter(torch.empty((width, n * inner) if linear else (n, width, inner)))
+        self.router_proj = torch.nn.Linear(width, n, bias=False)
+        if settings["norm_after_router"] == "rms":
+            self.router_norm = torch.nn.Module()
+            self.router_norm.weight = torch.nn.Parameter(torch.empty(n))
+
+    def forward(self, x):
+        n, inner = self.settings["num_experts"], self.settings["expert_size"]
+        g = self.router_proj(x).relu()
+        if self.settings["norm_after_router"] == "rms":
+            p = g / (g.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.router_norm.weight
+        else:
+            p = g / (g.sum(-1, keepdim=True) * self.settings["norm_scale"] + 1e-5)
+        up = self.up_proj.reshape(n, inner, -1)
+        down = self.down_proj
+        down = down.reshape(-1, n, inner).transpose(0, 1) if down.ndim == 2 else down
+        h = torch.nn.functional.silu(torch.einsum("bsd,eid->bsei", x, up)) * p[..., None]
+        return torch.einsum("bsei,edi->bsd", h, down)
+
+
 def adjacent_pairs(t, heads):
     """Rows re-ordered from (i, i + n/2) rotary pairs to (2i, 2i + 1), as GGUF's llama architecture expects."""
     return t.reshape(heads, 2, -1, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
@@ -268,6 +317,8 @@ def make(name):
     config, legacy = MODELS[name]
     config._attn_implementation = config._experts_implementation = "eager"
     model = tf.AutoModelForCausalLM.from_config(config).float().eval()
+    for layer in model.model.layers if name in BLOCKFFN else []:
+        layer.mlp = BlockMLP(config.hidden_size, BLOCKFFN[name], config.rms_norm_eps)
     randomise(model, name)
     if name == "bamboo":
         relu_on_both_branches(model)
@@ -293,6 +344,13 @@ def make(name):
     cfg["dtype"] = str(dtype).removeprefix("torch.")
     if name == "bamboo":
         cfg |= {"architectures": ["BambooForCausalLM"], "model_type": "bamboo"}
+    if name == "minicpm":
+        cfg |= {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm", "scale_emb": 3, "scale_depth": 1.4,
+                "dim_model_base": 16}
+        for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+            cfg.pop(key)
+    if name in BLOCKFFN:
+        cfg |= {"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm"} | BLOCKFFN[name]
     if legacy:
         legacy_rope(cfg)
         cfg["torch_dtype"] = cfg.pop("dtype")

@@ -157,13 +157,14 @@ pub struct MlpShape {
 pub struct LayerShape {
     /// Width of the residual stream.
     pub width: usize,
-    /// Outputs of the query projection (and inputs of the output projection).
+    /// Inputs of the output projection, and outputs of the query projection where there is one.
     pub query: usize,
-    /// Outputs of the key and of the value projection.
+    /// Outputs of the key and of the value projection; 0 where queries, keys and values come from latents, so that none of the
+    /// three is a projection of the residual stream.
     pub kv: usize,
-    /// The MLP; `None` for a mixture of experts.
+    /// The MLP; `None` for experts.
     pub mlp: Option<MlpShape>,
-    /// The MLP that every expert of a mixture is. A rule on neurons holds for each of them; no other rule reaches them,
+    /// The gated MLP that every expert of a mixture is. A rule on neurons holds for each of them; no other rule reaches them,
     /// and their statistics are those of all tokens that any of them served.
     pub experts: Option<MlpShape>,
 }
@@ -173,6 +174,7 @@ impl LayerShape {
     pub fn projection(&self, proj: Proj) -> Option<(usize, usize)> {
         let mlp = self.mlp.as_ref();
         match proj {
+            Proj::Q | Proj::K | Proj::V if self.kv == 0 => None,
             Proj::Q => Some((self.query, self.width)),
             Proj::K | Proj::V => Some((self.kv, self.width)),
             Proj::O => Some((self.width, self.query)),

@@ -94,6 +94,11 @@ pub enum Point {
         /// Layer, from 0.
         layer: usize,
     },
+    /// The factor of every expert in an MLP of experts, 0 for those that a token does not use: `layers.N.mlp.experts`.
+    Experts {
+        /// Layer, from 0.
+        layer: usize,
+    },
     /// What a block leaves in the residual stream: `layers.N.output`.
     Output {
         /// Layer, from 0.
@@ -109,6 +114,7 @@ impl fmt::Display for Point {
             Point::Input { layer, proj } => write!(f, "layers.{layer}.{proj}.input"),
             Point::Neurons { layer } => write!(f, "layers.{layer}.mlp.neurons"),
             Point::Up { layer } => write!(f, "layers.{layer}.mlp.up.output"),
+            Point::Experts { layer } => write!(f, "layers.{layer}.mlp.experts"),
             Point::Output { layer } => write!(f, "layers.{layer}.output"),
             Point::Head => f.write_str("head.input"),
         }

@@ -4,8 +4,8 @@
 //! tokens are one flat slice, one row per token.
 
 use crate::error::{Error, Result};
-use crate::model::spec::{Act, BlockSpec, MlpSpec, NormKind, Position, Rope, RopePairs, Spec};
-use crate::model::weights::{Block, Gated, Linear, Mlp, Model, Norm};
+use crate::model::spec::{Act, BlockSpec, Latent, MlpSpec, NormKind, Position, Rope, RopePairs, RouterScale, Spec};
+use crate::model::weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm};
 use lacuna_core::observer::Observer;
 use lacuna_core::site::{Point, Proj};
 use lacuna_core::weight::{Orientation, Weight};
@@ -97,8 +97,9 @@ impl Pass<'_> {
         if let Some(post) = &w.attn_post_norm {
             a = norm(self.spec, post, &a);
         }
+        let scale = self.block.residual_scale;
         if !self.block.parallel {
-            add(x, &a);
+            axpy(scale, &a, x);
         }
         let h = norm(self.spec, &w.mlp_norm, x);
         let mut m = self.mlp(&w.mlp, &h);
@@ -106,9 +107,9 @@ impl Pass<'_> {
             m = norm(self.spec, post, &m);
         }
         if self.block.parallel {
-            add(x, &a);
+            axpy(scale, &a, x);
         }
-        add(x, &m);
+        axpy(scale, &m, x);
         show(self.observer, Point::Output { layer: self.layer }, self.spec.width, x);
     }
 
@@ -122,6 +123,36 @@ impl Pass<'_> {
     fn attention(&mut self, w: &Block, x: &[f32]) -> Vec<f32> {
         let b = self.block;
         self.show_input(&[Proj::Q, Proj::K, Proj::V], self.spec.width, x);
+        let (q, k, v) = match (&w.latent, b.latent) {
+            (Some(weights), Some(latent)) => self.latent(w, weights, latent, x),
+            _ => self.projected(w, x),
+        };
+        let (d, q_width, kv_width) = (b.head_dim, b.heads * b.head_dim, b.kv_heads * b.head_dim);
+        let value = b.latent.map_or(d, |l| l.value);
+        let v_width = b.kv_heads * value;
+        let mut out = vec![0.0; q.len() / q_width * b.attended()];
+        for t in 0..q.len() / q_width {
+            let first = b.window.map_or(0, |w| (t + 1).saturating_sub(w));
+            for head in 0..b.heads {
+                let at = head / (b.heads / b.kv_heads);
+                let query = &q[t * q_width + head * d..][..d];
+                let mut scores: Vec<f32> =
+                    (first..=t).map(|s| b.scale * dot(query, &k[s * kv_width + at * d..][..d])).collect();
+                cap(&mut scores, b.score_cap);
+                softmax(&mut scores);
+                let o = &mut out[t * b.attended() + head * value..][..value];
+                for (s, p) in (first..).zip(&scores) {
+                    axpy(*p, &v[s * v_width + at * value..][..value], o);
+                }
+            }
+        }
+        self.show_input(&[Proj::O], b.attended(), &out);
+        linear(&w.o, &out)
+    }
+
+    /// Queries, keys and values of full size, normalised and rotated.
+    fn projected(&self, w: &Block, x: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let b = self.block;
         let (mut q, mut k, v) = (linear(&w.q, x), linear(&w.k, x), linear(&w.v, x));
         if let Some(gain) = &w.q_norm {
             q = norm(self.spec, gain, &q);
@@ -133,25 +164,39 @@ impl Pass<'_> {
             rotate(rope, b.head_dim, b.heads, &mut q);
             rotate(rope, b.head_dim, b.kv_heads, &mut k);
         }
-        let (d, q_width, kv_width) = (b.head_dim, b.heads * b.head_dim, b.kv_heads * b.head_dim);
-        let mut out = vec![0.0; q.len()];
-        for t in 0..q.len() / q_width {
-            let first = b.window.map_or(0, |w| (t + 1).saturating_sub(w));
-            for head in 0..b.heads {
-                let at = head / (b.heads / b.kv_heads) * d;
-                let query = &q[t * q_width + head * d..][..d];
-                let mut scores: Vec<f32> =
-                    (first..=t).map(|s| b.scale * dot(query, &k[s * kv_width + at..][..d])).collect();
-                cap(&mut scores, b.score_cap);
-                softmax(&mut scores);
-                let o = &mut out[t * q_width + head * d..][..d];
-                for (s, p) in (first..).zip(&scores) {
-                    axpy(*p, &v[s * kv_width + at..][..d], o);
-                }
+        (q, k, v)
+    }
+
+    /// Those of latent attention: `q = q_up norm(q_down x)`, `[c | r] = kv_down x`, per head `[k | v] = kv_up norm(c)`; the last
+    /// `rope` components of a query are rotated, and `r`, rotated, is the end of every head's key.
+    fn latent(&self, w: &Block, weights: &LatentWeights, l: Latent, x: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let b = self.block;
+        let spec = Spec { norm_eps: l.eps, ..self.spec.clone() };
+        let mut q = match &weights.query {
+            Some((down, gain)) => linear(&w.q, &norm(&spec, gain, &linear(down, x))),
+            None => linear(&w.q, x),
+        };
+        let down = linear(&w.k, x);
+        let rows = || down.chunks_exact(l.kv_rank + l.rope);
+        let compressed: Vec<f32> = rows().flat_map(|r| &r[..l.kv_rank]).copied().collect();
+        let mut shared: Vec<f32> = rows().flat_map(|r| &r[l.kv_rank..]).copied().collect();
+        let expanded = linear(&w.v, &norm(&spec, &weights.kv_norm, &compressed));
+        if let Some(rope) = b.rope.and_then(|r| self.spec.ropes.get(r)) {
+            rotate(rope, l.rope, 1, &mut shared);
+            let mut turned: Vec<f32> = q.chunks_exact(b.head_dim).flat_map(|head| &head[l.nope..]).copied().collect();
+            rotate(rope, l.rope, b.heads, &mut turned);
+            for (head, turned) in q.chunks_exact_mut(b.head_dim).zip(turned.chunks_exact(l.rope)) {
+                head[l.nope..].copy_from_slice(turned);
             }
         }
-        self.show_input(&[Proj::O], q_width, &out);
-        linear(&w.o, &out)
+        let (mut k, mut v) = (Vec::new(), Vec::new());
+        for (row, shared) in expanded.chunks_exact(b.heads * (l.nope + l.value)).zip(shared.chunks_exact(l.rope)) {
+            for head in row.chunks_exact(l.nope + l.value) {
+                k.extend(head[..l.nope].iter().chain(shared));
+                v.extend(&head[l.nope..]);
+            }
+        }
+        (q, k, v)
     }
 
     fn mlp(&mut self, w: &Mlp, x: &[f32]) -> Vec<f32> {
@@ -176,10 +221,32 @@ impl Pass<'_> {
                 self.show_input(&[Proj::Down], inner, &h);
                 linear(down, &h)
             }
+            Mlp::ReluExperts { router, gain, experts } => {
+                self.show_input(&[Proj::Up], width, x);
+                let shares: Vec<f32> =
+                    x.chunks_exact(width).flat_map(|t| self.rectified(linear(router, t), gain.as_deref())).collect();
+                show(self.observer, Point::Experts { layer: self.layer }, experts.len(), &shares);
+                let mut out = vec![0.0; x.len()];
+                for (e, w) in experts.iter().enumerate() {
+                    let mut h = linear(&w.up, x);
+                    h.iter_mut().for_each(|v| *v = activate(self.block.act, *v));
+                    let results = linear(&w.down, &h);
+                    let shares = shares.iter().skip(e).step_by(experts.len());
+                    for ((y, result), p) in out.chunks_exact_mut(width).zip(results.chunks_exact(width)).zip(shares) {
+                        axpy(*p, result, y);
+                    }
+                }
+                out
+            }
             Mlp::Experts { router, experts } => {
                 self.show_input(&[Proj::Gate, Proj::Up], width, x);
                 let mut out = vec![0.0; x.len()];
                 let routes: Vec<_> = x.chunks_exact(width).map(|token| self.route(linear(router, token))).collect();
+                let mut shares = vec![0.0; routes.len() * experts.len()];
+                for (row, routes) in shares.chunks_exact_mut(experts.len()).zip(&routes) {
+                    routes.iter().for_each(|(e, share)| row[*e] = *share);
+                }
+                show(self.observer, Point::Experts { layer: self.layer }, experts.len(), &shares);
                 let mut gates = Vec::new();
                 for (expert, w) in experts.iter().enumerate() {
                     let share = |r: &Vec<(usize, f32)>| r.iter().find(|r| r.0 == expert).map(|r| r.1);
@@ -207,6 +274,22 @@ impl Pass<'_> {
             up.iter_mut().for_each(|v| *v = activate(act, *v));
         }
         (gate, up)
+    }
+
+    /// The factor of every expert for one token, 0 where its score is not positive. All experts are computed here.
+    fn rectified(&self, mut g: Vec<f32>, gain: Option<&[f32]>) -> Vec<f32> {
+        let MlpSpec::ReluExperts { scale, .. } = self.block.mlp else { return Vec::new() };
+        g.iter_mut().for_each(|v| *v = v.max(0.0));
+        let divisor = match scale {
+            RouterScale::Plain => 1.0,
+            RouterScale::Sum { factor } => factor * g.iter().sum::<f32>() + 1e-5,
+            RouterScale::Rms { eps } => (dot(&g, &g) / g.len() as f32 + eps).sqrt(),
+        };
+        g.iter_mut().for_each(|v| *v /= divisor);
+        if let Some(gain) = gain {
+            g.iter_mut().zip(gain).for_each(|(v, gain)| *v *= gain);
+        }
+        g
     }
 
     /// The experts of one token with their shares: the largest of `softmax(scores)`, ties to the lower number.

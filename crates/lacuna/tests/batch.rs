@@ -34,6 +34,9 @@ fn kinds() -> Vec<Kind> {
         Kind { act: Act::Relu, drelu: true, ..gated },
         Kind { mlp: MlpKind::Experts, drelu: true, ..gated },
         Kind { mlp: MlpKind::Experts, format: Format::Q8_0, ..gated },
+        Kind { mlp: MlpKind::ReluExperts, ..gated },
+        Kind { mlp: MlpKind::ReluExperts, format: Format::Q8_0, latent: true, ..gated },
+        Kind { format: Format::Bf16, latent: true, ..gated },
     ]
 }
 

@@ -33,6 +33,9 @@ fn kinds() -> Vec<Kind> {
         Kind { mlp: MlpKind::Plain, act: Act::Gelu, classic: true, ..gated },
         Kind { mlp: MlpKind::Experts, ..gated },
         Kind { mlp: MlpKind::Experts, format: Format::Bf16, ..gated },
+        Kind { mlp: MlpKind::ReluExperts, ..gated },
+        Kind { mlp: MlpKind::ReluExperts, format: Format::Bf16, latent: true, ..gated },
+        Kind { latent: true, window: Some(20), ..gated },
     ]
 }
 

@@ -81,6 +81,7 @@ fn data(point: Point) -> (usize, Vec<f32>) {
         Point::Input { layer, proj } => (layer, proj as u64, layers()[layer].projection(proj).unwrap().1, false),
         Point::Neurons { layer } => (layer, 7, INNER, true),
         Point::Up { layer } => (layer, 8, INNER, false),
+        Point::Experts { layer } => (layer, 11, INNER, true),
         Point::Output { layer } => (layer, 9, WIDTH, false),
         Point::Head => (0, 10, WIDTH, false),
     };

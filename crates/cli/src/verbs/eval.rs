@@ -4,12 +4,16 @@ use crate::{
     Outcome,
     args::LoadArgs,
     open::{self, Ready},
+    table::Table,
     text,
 };
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use lacuna::{
-    eval::{Divergence, EngineSource, Perplexity, Protocol, Scoring, Window, divergence, perplexity, windows},
+    eval::{
+        Divergence, EngineSource, Perplexity, Protocol, Scoring, Window, divergence, expert_use, experts::CHUNKS,
+        perplexity, windows,
+    },
     tokenizer::{MAX_TEXT_BYTES, Tokenizer},
 };
 use serde_json::json;
@@ -38,6 +42,8 @@ enum Measure {
         #[arg(long, value_name = "MODEL", env = "LACUNA_BASE")]
         base: Option<String>,
     },
+    /// How many experts a token uses, and how many several tokens use together (mixtures of experts, BlockFFN).
+    Experts(Common),
 }
 
 #[derive(clap::Args)]
@@ -75,6 +81,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     match args.measure {
         Measure::Ppl(common) => ppl(&common),
         Measure::Kld { common, base } => kld(&common, base.as_deref()),
+        Measure::Experts(common) => experts(&common),
     }
 }
 
@@ -142,6 +149,45 @@ fn kld(args: &Common, base: Option<&str>) -> Result<Outcome> {
         writeln!(out, "scored         {}", scoring.describe())?;
         kld_lines(&mut out, &result)?;
     }
+    Ok(Outcome::Good)
+}
+
+/// Shares of experts that stay unused, by the number of tokens that are looked at together.
+fn experts(args: &Common) -> Result<Outcome> {
+    let ready = open::ready_alone(args.model.as_deref(), Some(args.ctx_size), &args.load)?;
+    let windows = windows_of(args, ready.tokenizer()?)?;
+    let terminal = stderr().is_terminal();
+    let used = expert_use(&ready.dense, &windows, |done, total| {
+        if terminal {
+            eprint!("\r[{done}/{total}] ");
+        }
+    })?;
+    if terminal {
+        eprintln!();
+    }
+    let layers: Vec<usize> = (0..ready.dense.model().spec.blocks.len()).filter(|l| used.experts(*l) > 0).collect();
+    let mut out = stdout().lock();
+    if args.json {
+        let of =
+            |layer: Option<usize>| CHUNKS.iter().enumerate().map(|(c, _)| used.sparsity(c, layer)).collect::<Vec<_>>();
+        let rows: Vec<_> =
+            layers.iter().map(|l| json!({"layer": l, "experts": used.experts(*l), "unused": of(Some(*l))})).collect();
+        let value = json!({"tokens": used.tokens(), "chunks": CHUNKS, "unused": of(None), "layers": rows});
+        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        return Ok(Outcome::Good);
+    }
+    let chunks = CHUNKS.iter().map(|n| if *n == 1 { "1 token:".into() } else { format!("{n} tokens:") });
+    let head: Vec<String> = ["layer:".into(), "experts:".into()].into_iter().chain(chunks).collect();
+    let mut table = Table::new(&head.iter().map(String::as_str).collect::<Vec<_>>());
+    let shares = |layer: Option<usize>| {
+        (0..CHUNKS.len()).map(|c| text::or_dash(used.sparsity(c, layer).map(text::percent))).collect::<Vec<_>>()
+    };
+    for l in &layers {
+        table.row([l.to_string(), used.experts(*l).to_string()].into_iter().chain(shares(Some(*l))));
+    }
+    table.row(["all".into(), String::new()].into_iter().chain(shares(None)));
+    writeln!(out, "experts that stay unused by a token (TLS) and by several together (CLS); {} tokens", used.tokens())?;
+    write!(out, "{table}")?;
     Ok(Outcome::Good)
 }
 

@@ -43,8 +43,10 @@ pub fn layer_shapes(spec: &Spec) -> Vec<LayerShape> {
             MlpSpec::Gated { inner } => (shape(inner, true), None),
             MlpSpec::Plain { inner } => (shape(inner, false), None),
             MlpSpec::Experts { inner, .. } => (None, shape(inner, true)),
+            MlpSpec::ReluExperts { .. } => (None, None),
         };
-        LayerShape { width: spec.width, query: b.heads * b.head_dim, kv: b.kv_heads * b.head_dim, mlp, experts }
+        let kv = if b.latent.is_some() { 0 } else { b.kv_heads * b.head_dim };
+        LayerShape { width: spec.width, query: b.attended(), kv, mlp, experts }
     };
     spec.blocks.iter().map(layer).collect()
 }
@@ -268,6 +270,7 @@ mod tests {
             heads: 2,
             kv_heads: 1,
             head_dim: 4,
+            latent: None,
             scale: 0.5,
             window: None,
             score_cap: None,
@@ -276,6 +279,7 @@ mod tests {
             mlp: MlpSpec::Gated { inner: 12 },
             act,
             up_act: None,
+            residual_scale: 1.0,
         };
         let spec = Spec {
             arch: "test".into(),
@@ -287,6 +291,7 @@ mod tests {
             ropes: vec![],
             norm: crate::model::spec::NormKind::Rms,
             norm_eps: 1e-5,
+            logit_scale: 1.0,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block.clone(), block],

@@ -34,11 +34,11 @@ pub fn homes(names: &Names, prefix: &str, spec: &Spec, layer: usize) -> Vec<Home
     let one = |template: &str, proj: Proj, outputs: usize, inputs: usize| {
         home(template, inputs, vec![(proj, (0..outputs).collect())])
     };
-    let (width, q_width) = (spec.width, b.heads * b.head_dim);
+    let (width, q_width) = (spec.width, b.attended());
     let mut all = attention(names, b).into_iter().map(|(t, parts)| home(t, width, parts)).collect::<Vec<_>>();
     all.push(one(names.o, Proj::O, width, q_width));
     match b.mlp {
-        MlpSpec::Experts { .. } => {}
+        MlpSpec::Experts { .. } | MlpSpec::ReluExperts { .. } => {}
         MlpSpec::Plain { inner } => {
             all.extend([one(names.up, Proj::Up, inner, width), one(names.down, Proj::Down, width, inner)]);
         }

@@ -35,6 +35,7 @@ use crate::{
         checkpoint::source_of,
         packed::Scheme,
         source::{Original, Source, Stored},
+        spec::{MlpSpec, Spec},
     },
 };
 #[cfg(test)]
@@ -288,7 +289,7 @@ pub(crate) struct Plan<'a> {
     /// By block.
     homes: Vec<Vec<Home>>,
     names: &'static crate::model::names::Names,
-    spec: crate::model::spec::Spec,
+    spec: Spec,
     /// Bits and group of the codes, if a step rounds to a grid.
     grid: Option<Grid>,
     /// Bits of a weight, if a step gives pairs and books.
@@ -303,6 +304,7 @@ impl<'a> Plan<'a> {
     fn new(request: &'a Request, checkpoint: &Checkpoint) -> Result<Self> {
         let target = if request.model.is_dir() { Target::HuggingFace } else { Target::Gguf };
         let (names, spec) = (checkpoint.names, checkpoint.spec.clone());
+        check_reach(&checkpoint.source.file, &spec)?;
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
         let (grid, books) = rounding(&request.steps)?;
@@ -345,7 +347,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Where the projections of block `layer` lie in the output, and what the output computes.
-    fn made(&self, layer: usize) -> (&[Home], &crate::model::spec::Spec) {
+    fn made(&self, layer: usize) -> (&[Home], &Spec) {
         match &self.narrowed {
             Some(narrowed) => (&narrowed.homes[layer], &narrowed.spec),
             None => (&self.homes[layer], &self.spec),
@@ -590,7 +592,7 @@ impl<'a> Plan<'a> {
 
     /// What is left alone.
     fn notes(&self) -> Vec<String> {
-        let experts = self.spec.blocks.iter().any(|b| matches!(b.mlp, crate::model::spec::MlpSpec::Experts { .. }));
+        let experts = self.spec.blocks.iter().any(|b| matches!(b.mlp, MlpSpec::Experts { .. }));
         let mut notes = Vec::new();
         if experts {
             notes.push("experts and their router are left as they are: only the attention was compressed".into());
@@ -612,6 +614,19 @@ impl<'a> Plan<'a> {
         }
         notes
     }
+}
+
+/// Refuses models whose blocks have matrices of kinds that no step reaches.
+fn check_reach(file: &str, spec: &Spec) -> Result<()> {
+    let latent = spec.blocks.iter().any(|b| b.latent.is_some());
+    let relu = spec.blocks.iter().any(|b| matches!(b.mlp, MlpSpec::ReluExperts { .. }));
+    let what = match (latent, relu) {
+        (_, true) => "compressing experts behind a router with a ReLU (BlockFFN)",
+        (true, _) => "compressing latent attention (MLA)",
+        _ => return Ok(()),
+    };
+    let remedy = "; run the model as it is, with a plan if it should read less".into();
+    Err(Error::Unsupported { file: file.into(), what: what.into(), remedy })
 }
 
 /// Whether `tensors` have the tensor `name`, plain or in codes.

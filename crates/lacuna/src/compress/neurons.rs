@@ -51,7 +51,7 @@ fn keep((step, pruner): (&Resolved, &dyn NeuronPruner), choices: &Choices, layer
 fn inner(mlp: &MlpSpec) -> Option<usize> {
     match *mlp {
         MlpSpec::Gated { inner } | MlpSpec::Plain { inner } => Some(inner),
-        MlpSpec::Experts { .. } => None,
+        MlpSpec::Experts { .. } | MlpSpec::ReluExperts { .. } => None,
     }
 }
 
@@ -60,7 +60,7 @@ fn with_width(spec: &Spec, width: usize) -> Spec {
     let mut spec = spec.clone();
     spec.blocks.iter_mut().for_each(|b| match &mut b.mlp {
         MlpSpec::Gated { inner } | MlpSpec::Plain { inner } => *inner = width,
-        MlpSpec::Experts { .. } => {}
+        MlpSpec::Experts { .. } | MlpSpec::ReluExperts { .. } => {}
     });
     spec
 }

@@ -45,7 +45,7 @@ pub(super) fn without_dead(model: &Arc<Model>, plan: Option<&CompiledPlan>) -> O
         model.blocks[layer].mlp = mlp;
         match &mut model.spec.blocks[layer].mlp {
             MlpSpec::Gated { inner } | MlpSpec::Plain { inner } => *inner = kept.len(),
-            MlpSpec::Experts { .. } => {}
+            MlpSpec::Experts { .. } | MlpSpec::ReluExperts { .. } => {}
         }
     }
     live.map(|model| Live { model: Arc::new(model), dropped, all })
@@ -104,7 +104,7 @@ fn narrowed(mlp: &Mlp, kept: &[usize]) -> Option<Mlp> {
             rows(up, kept)?;
             columns(down, kept)?;
         }
-        Mlp::Experts { .. } => return None,
+        Mlp::Experts { .. } | Mlp::ReluExperts { .. } => return None,
     }
     Some(mlp)
 }

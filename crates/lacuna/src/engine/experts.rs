@@ -20,25 +20,25 @@ use lacuna_kernels::elementwise;
 #[derive(Default)]
 pub(super) struct ExpertBuffers {
     /// Router scores, one row per token.
-    scores: Vec<f32>,
+    pub scores: Vec<f32>,
     /// Which experts each token uses, by expert: `(expert, token, share)`.
-    routes: Vec<Route>,
+    pub routes: Vec<Route>,
     /// Inputs of one expert's tokens.
-    gathered: Vec<f32>,
+    pub gathered: Vec<f32>,
     /// Results, before they are weighted.
-    results: Vec<f32>,
+    pub results: Vec<f32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Route {
-    expert: usize,
-    token: usize,
-    share: f32,
+pub(super) struct Route {
+    pub expert: usize,
+    pub token: usize,
+    pub share: f32,
 }
 
 impl Route {
     /// Adds its share of `result` to its token's row of `y`.
-    fn add(&self, result: &[f32], y: &mut [f32]) {
+    pub fn add(&self, result: &[f32], y: &mut [f32]) {
         let y = &mut y[self.token * result.len()..(self.token + 1) * result.len()];
         y.iter_mut().zip(result).for_each(|(y, v)| *y += self.share * v);
     }
@@ -90,6 +90,11 @@ impl Forward<'_> {
             }
         }
         route(scores, w.experts.len(), active, normalise, &mut buffers.routes);
+        if self.observer.wants(Point::Experts { layer: w.layer }) {
+            let mut shares = vec![0.0; n * w.experts.len()];
+            buffers.routes.iter().for_each(|r| shares[r.token * w.experts.len() + r.expert] = r.share);
+            self.observer.observe(Point::Experts { layer: w.layer }, w.experts.len(), &shares);
+        }
         sized(&mut self.ws.y, n * self.shared.model.spec.width).fill(0.0);
         let rules = layer_plan(self.plan, w.layer).map_or(&[][..], |p| &p.experts);
         match self.mode {

@@ -7,6 +7,7 @@
 use super::{
     compiled::{CompiledPlan, Counters, LayerPlan},
     kv::Places,
+    latent,
     linear::{Linears, Part, Sparsity},
     masked, rows,
     shared::Shared,
@@ -48,10 +49,11 @@ pub(super) struct Workspace {
     pub x: Vec<f32>,
     /// Normalised input of the next projections.
     pub h: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
     attended: Vec<f32>,
+    pub latent: super::latent::LatentBuffers,
     /// Output of the attention, kept apart while the MLP of a parallel block runs.
     branch: Vec<f32>,
     /// Output of the MLP.
@@ -59,8 +61,8 @@ pub(super) struct Workspace {
     pub gate: Vec<f32>,
     pub up: Vec<f32>,
     /// Per rotary table: cos and sin of each token's position.
-    cos: Vec<Vec<f32>>,
-    sin: Vec<Vec<f32>>,
+    pub cos: Vec<Vec<f32>>,
+    pub sin: Vec<Vec<f32>>,
     scratch: attention::Scratch,
     pub linears: Linears,
     pub experts: super::experts::ExpertBuffers,
@@ -176,7 +178,7 @@ impl Forward<'_> {
             normalise_in_place(pool, spec, post, branch, up);
         }
         if !block.parallel {
-            rows::add(pool, x, branch, width);
+            rows::add_scaled(pool, x, branch, width, block.residual_scale);
         }
         normalise(pool, spec, &weights.mlp_norm, x, sized(h, n * width));
         self.mlp(layer, block, &weights.mlp, n);
@@ -185,9 +187,9 @@ impl Forward<'_> {
             normalise_in_place(pool, spec, post, y, up);
         }
         if block.parallel {
-            rows::add(pool, x, branch, width);
+            rows::add_scaled(pool, x, branch, width, block.residual_scale);
         }
-        rows::add(pool, x, y, width);
+        rows::add_scaled(pool, x, y, width, block.residual_scale);
         show(self.observer, Point::Output { layer }, width, &self.ws.x);
     }
 
@@ -195,19 +197,15 @@ impl Forward<'_> {
     fn attention(&mut self, layer: usize, block: &BlockSpec, weights: &Block, n: usize) {
         let shared = self.shared;
         let (pool, spec) = (&shared.pool, &shared.model.spec);
-        let (q_width, kv_width) = (block.heads * block.head_dim, block.kv_heads * block.head_dim);
+        let q_width = block.heads * block.head_dim;
         for proj in [Proj::Q, Proj::K, Proj::V] {
             show(self.observer, Point::Input { layer, proj }, spec.width, &self.ws.h);
         }
-        let Workspace { h, q, k, v, linears, .. } = &mut *self.ws;
-        let parts = [
-            (Proj::Q, &weights.q, sized(q, n * q_width)),
-            (Proj::K, &weights.k, sized(k, n * kv_width)),
-            (Proj::V, &weights.v, sized(v, n * kv_width)),
-        ];
-        let place = Site { mode: self.mode, pool, layer, plan: layer_plan(self.plan, layer) };
-        project(&place, linears, self.counters, (h, n), parts);
-        self.rotate_and_store(layer, block, weights);
+        match (&weights.latent, block.latent) {
+            (Some(latent), Some(sizes)) => self.latent(layer, (weights, latent), (block, sizes), n),
+            _ => self.full_size(layer, block, weights, n),
+        }
+        self.places.write(pool, layer, block, &self.ws.k, &self.ws.v);
         let Workspace { q, attended, scratch, .. } = &mut *self.ws;
         let attended = sized(attended, n * q_width);
         let asked = attention_spec(block);
@@ -223,17 +221,26 @@ impl Forward<'_> {
                 });
             }
         }
-        show(self.observer, Point::Input { layer, proj: Proj::O }, q_width, attended);
+        latent::cut_values(block, &mut self.ws.attended);
+        show(self.observer, Point::Input { layer, proj: Proj::O }, block.attended(), &self.ws.attended);
         let Workspace { attended, branch, linears, .. } = &mut *self.ws;
         let parts = [(Proj::O, &weights.o, sized(branch, n * spec.width))];
         let place = Site { mode, pool, layer, plan: layer_plan(self.plan, layer) };
         project(&place, linears, self.counters, (attended, n), parts);
     }
 
-    /// Norms and rotation of queries and keys; keys and values go into the cache.
-    fn rotate_and_store(&mut self, layer: usize, block: &BlockSpec, weights: &Block) {
+    /// Queries, keys and values of the normalised `h`, with norms and rotation.
+    fn full_size(&mut self, layer: usize, block: &BlockSpec, weights: &Block, n: usize) {
         let (pool, spec) = (&self.shared.pool, &self.shared.model.spec);
-        let Workspace { q, k, v, cos, sin, up, .. } = &mut *self.ws;
+        let (q_width, kv_width) = (block.heads * block.head_dim, block.kv_heads * block.head_dim);
+        let Workspace { h, q, k, v, cos, sin, up, linears, .. } = &mut *self.ws;
+        let parts = [
+            (Proj::Q, &weights.q, sized(q, n * q_width)),
+            (Proj::K, &weights.k, sized(k, n * kv_width)),
+            (Proj::V, &weights.v, sized(v, n * kv_width)),
+        ];
+        let place = Site { mode: self.mode, pool, layer, plan: layer_plan(self.plan, layer) };
+        project(&place, linears, self.counters, (h, n), parts);
         for (x, norm) in [(&mut *q, &weights.q_norm), (&mut *k, &weights.k_norm)] {
             if let Some(norm) = norm {
                 normalise_in_place(pool, spec, norm, x, up);
@@ -241,14 +248,13 @@ impl Forward<'_> {
         }
         if let Some((r, rope)) = block.rope.and_then(|r| Some((r, spec.ropes.get(r)?))) {
             let half = rope.freqs.len();
-            for (x, heads) in [(q, block.heads), (&mut *k, block.kv_heads)] {
+            for (x, heads) in [(q, block.heads), (k, block.kv_heads)] {
                 rows::each(pool, x, heads * block.head_dim, |i, row| {
                     let at = i * half..(i + 1) * half;
                     elementwise::rope(row, block.head_dim, rope.pairs, &cos[r][at.clone()], &sin[r][at]);
                 });
             }
         }
-        self.places.write(pool, layer, block, k, v);
     }
 }
 

@@ -274,6 +274,7 @@ mod tests {
             heads: 2,
             kv_heads: 1,
             head_dim: 8,
+            latent: None,
             scale: 1.0,
             window: None,
             score_cap: None,
@@ -282,6 +283,7 @@ mod tests {
             mlp: MlpSpec::Plain { inner: 8 },
             act: Act::Relu,
             up_act: None,
+            residual_scale: 1.0,
         };
         Spec {
             arch: "test".into(),
@@ -293,6 +295,7 @@ mod tests {
             ropes: Vec::new(),
             norm: NormKind::Rms,
             norm_eps: 1e-5,
+            logit_scale: 1.0,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block.clone(), BlockSpec { kv_heads: 2, ..block }],

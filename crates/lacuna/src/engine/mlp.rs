@@ -4,7 +4,9 @@ use super::{
     compiled::{Counters, NeuronRule},
     experts::Mixture,
     forward::{Forward, Mode, Site, Workspace, layer_plan, project, show, sized, sparsity},
-    masked, prompt, rows,
+    masked, prompt,
+    relu_experts::Rectified,
+    rows,
     sparse::Neurons,
     sparse_rows,
 };
@@ -26,7 +28,7 @@ impl Forward<'_> {
     pub(super) fn mlp(&mut self, layer: usize, block: &BlockSpec, mlp: &Mlp, n: usize) {
         let width = self.shared.model.spec.width;
         let proj_inputs: &[Proj] = match mlp {
-            Mlp::Plain { .. } => &[Proj::Up],
+            Mlp::Plain { .. } | Mlp::ReluExperts { .. } => &[Proj::Up],
             _ => &[Proj::Gate, Proj::Up],
         };
         for &proj in proj_inputs {
@@ -39,6 +41,11 @@ impl Forward<'_> {
             Mlp::Experts { router, experts } => {
                 let router = self.shared.routers[layer].as_ref().unwrap_or(router);
                 return self.experts(block, &Mixture { layer, act, router, experts }, n);
+            }
+            Mlp::ReluExperts { router, gain, experts } => {
+                let router = self.shared.routers[layer].as_ref().unwrap_or(router);
+                let w = Rectified { layer, act: block.act, router, gain: gain.as_deref(), experts };
+                return self.relu_experts(block, &w, n);
             }
         };
         let layers = Layers { layer, act, first, second, down };

@@ -15,12 +15,14 @@ mod experts;
 mod forward;
 pub mod generate;
 mod kv;
+mod latent;
 pub mod layouts;
 mod linear;
 mod masked;
 mod mlp;
 pub mod probe;
 mod prompt;
+mod relu_experts;
 mod rows;
 pub mod sampler;
 mod session;
@@ -217,13 +219,15 @@ impl Engine {
         self.shared.plan.as_deref().is_some_and(batch::follows_prompts)
     }
 
-    /// Bytes that a dense decode step (without a plan or bitmaps) reads with `depth` tokens in the context: weights (of the active experts only),
-    /// keys and values. What a plan saves is in [`Session::counters`].
+    /// Bytes that a dense decode step (without a plan or bitmaps) reads with `depth` tokens in the context: weights (of the active experts only;
+    /// where a router's ReLU decides how many those are, of all), keys and values. What a plan saves is in [`Session::counters`].
     pub fn bytes_per_token(&self, depth: usize) -> u64 {
         let model = self.model();
         let mut bytes = weight_bytes(&model.head) + model.embed.matrix().row_bytes() as u64;
         for (block, spec) in model.blocks.iter().zip(&model.spec.blocks) {
             bytes += [&block.q, &block.k, &block.v, &block.o].map(weight_bytes).iter().sum::<u64>();
+            let latent = block.latent.as_ref().and_then(|l| l.query.as_ref());
+            bytes += latent.map_or(0, |(down, _)| weight_bytes(down));
             bytes += match &block.mlp {
                 Mlp::Gated(gated) => gated_bytes(gated),
                 Mlp::Plain { up, down } => weight_bytes(up) + weight_bytes(down),
@@ -233,6 +237,10 @@ impl Engine {
                         _ => 0,
                     };
                     weight_bytes(router) + experts.first().map_or(0, gated_bytes) * active as u64
+                }
+                Mlp::ReluExperts { router, experts, .. } => {
+                    let all = experts.iter().map(|e| weight_bytes(&e.up) + weight_bytes(&e.down));
+                    weight_bytes(router) + all.sum::<u64>()
                 }
             };
         }
@@ -293,7 +301,7 @@ fn check_plan(model: &Model, plan: &CompiledPlan) -> Result<()> {
             Mlp::Plain { up, down } => {
                 stands_in(&rule.down, &down.weight, by_channels) && (plan.masked || !predicted || by_rows(up))
             }
-            Mlp::Experts { .. } => false,
+            Mlp::Experts { .. } | Mlp::ReluExperts { .. } => false,
         };
         if !fits {
             return Err(error(format!("layer {layer}: a rule on neurons needs an MLP and its down projection")));

@@ -26,6 +26,16 @@ pub(super) fn add(pool: &Pool, x: &mut [f32], y: &[f32], width: usize) {
     each(pool, x, width, |i, row| lacuna_kernels::elementwise::add(row, &y[i * width..(i + 1) * width]));
 }
 
+/// `x += factor * y`; with a factor of 1 the bits of [`add`].
+pub(super) fn add_scaled(pool: &Pool, x: &mut [f32], y: &[f32], width: usize, factor: f32) {
+    if factor == 1.0 {
+        return add(pool, x, y, width);
+    }
+    each(pool, x, width, |i, row| {
+        row.iter_mut().zip(&y[i * width..(i + 1) * width]).for_each(|(x, y)| *x += factor * y);
+    });
+}
+
 /// Calls `f(row of a, row of b)` for every row of `width` numbers of both.
 pub(super) fn pairs(
     pool: &Pool,

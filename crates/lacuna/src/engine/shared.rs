@@ -24,7 +24,9 @@ pub(super) struct Shared {
 /// The routers of a mixture in f32: they are small, and a rounded score can send a token to another expert.
 pub(super) fn routers(model: &Model) -> Vec<Option<Linear>> {
     let of = |mlp: &Mlp| match mlp {
-        Mlp::Experts { router, .. } => Some(Linear { weight: widened(&router.weight), bias: router.bias.clone() }),
+        Mlp::Experts { router, .. } | Mlp::ReluExperts { router, .. } => {
+            Some(Linear { weight: widened(&router.weight), bias: router.bias.clone() })
+        }
         _ => None,
     };
     model.blocks.iter().map(|b| of(&b.mlp)).collect()

@@ -4,11 +4,13 @@
 //! [`divergence()`] measure. Everything is streamed: no file of base logits is written.
 
 pub mod divergence;
+pub mod experts;
 pub mod perplexity;
 pub mod source;
 pub mod windows;
 
 pub use divergence::{Divergence, divergence};
+pub use experts::{ExpertUse, expert_use};
 pub use perplexity::{Perplexity, perplexity};
 pub use source::{EngineSource, LogSoftmax, LogitSource, Scoring};
 pub use windows::{Protocol, Window};

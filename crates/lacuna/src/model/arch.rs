@@ -3,7 +3,9 @@
 use super::fields::Fields;
 use super::names::Names;
 use super::spec::Spec;
-use super::{bamboo, gemma2, gemma3, gpt_neox, gpt2, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe};
+use super::{
+    bamboo, gemma2, gemma3, gpt_neox, gpt2, llama, minicpm, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe,
+};
 use crate::error::{Error, Result};
 
 /// One architecture: how its files are recognised, read and bound.
@@ -56,6 +58,8 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
     &bamboo::BAMBOO,
+    &minicpm::MINICPM,
+    &minicpm::MINICPM3,
 ];
 
 /// The architecture of a config.json: by `architectures`, else by `model_type`.

@@ -3,10 +3,13 @@
 use super::names::{Experts, GateUp, Names, Qkv, fill};
 use super::source::{Source, plain};
 use super::spec::{BlockSpec, MlpSpec, NormKind, Position, Spec};
-use super::weights::{Block, Gated, Linear, Mlp, Model, Norm, StoredPredictor};
+use super::weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, StoredPredictor};
 use crate::error::{Error, Result};
 use lacuna_core::weight::{Orientation, Weight};
 use std::ops::Range;
+
+mod latent;
+mod relu_experts;
 
 /// Endings of tensors that some checkpoints carry and no forward pass needs: causal masks and frequency tables.
 const BUFFERS: [&str; 6] =
@@ -28,7 +31,8 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
         }
     };
     let blocks = (0..spec.blocks.len()).map(|i| b.block(i)).collect::<Result<_>>()?;
-    let final_norm = b.norm(names.final_norm, &[], spec.width)?;
+    let mut final_norm = b.norm(names.final_norm, &[], spec.width)?;
+    final_norm.gain.iter_mut().chain(final_norm.bias.iter_mut().flatten()).for_each(|g| *g *= spec.logit_scale);
     let head = match b.head(tied)? {
         Some(head) => head,
         None => plain(embed.clone()),
@@ -144,14 +148,15 @@ impl Binder<'_> {
 
     fn block(&self, i: usize) -> Result<Block> {
         let (n, width, b) = (self.names, self.spec.width, &self.spec.blocks[i]);
-        let [q, k, v] = self.qkv(i, b)?;
+        let ([q, k, v], latent) = self.attention(i, b)?;
         let post = |template: &str| self.optional_norm(template, i, width, !template.is_empty());
         Ok(Block {
             attn_norm: self.norm(n.attn_norm, &[i], width)?,
             q,
             k,
             v,
-            o: self.linear(n.o, &[i], width, b.heads * b.head_dim)?,
+            o: self.linear(n.o, &[i], width, b.attended())?,
+            latent,
             q_norm: self.optional_norm(n.q_norm, i, b.head_dim, n.qk_normed)?,
             k_norm: self.optional_norm(n.k_norm, i, b.head_dim, n.qk_normed)?,
             attn_post_norm: post(n.attn_post_norm)?,
@@ -160,6 +165,13 @@ impl Binder<'_> {
             mlp: self.mlp(i, &b.mlp)?,
             predictor: self.predictor(i, &b.mlp)?,
         })
+    }
+
+    fn attention(&self, i: usize, b: &BlockSpec) -> Result<([Linear; 3], Option<LatentWeights>)> {
+        match b.latent {
+            None => Ok((self.qkv(i, b)?, None)),
+            Some(spec) => self.latent(i, b, spec).map(|(qkv, latent)| (qkv, Some(latent))),
+        }
     }
 
     fn qkv(&self, i: usize, b: &BlockSpec) -> Result<[Linear; 3]> {
@@ -206,6 +218,7 @@ impl Binder<'_> {
                 };
                 Ok(Mlp::Gated(Gated { gate, up, down: self.down(i, inner)? }))
             }
+            MlpSpec::ReluExperts { experts, inner, scale } => self.relu_experts(i, experts, inner, scale),
             MlpSpec::Experts { experts, inner, .. } => {
                 let router = self.linear(n.router, &[i], experts, width)?;
                 Ok(Mlp::Experts { router, experts: self.experts(i, experts, inner)? })

@@ -142,6 +142,15 @@ fn open_directory(dir: &Path, options: &LoadOptions) -> Result<Checkpoint> {
     if !file.exists() {
         return Err(Error::NoModel { file: dir.into(), problem: "the directory has no config.json".into() });
     }
+    let there = |name: &str| dir.join(name).exists();
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|n| there(n));
+    if let Some(name) = pickled.filter(|_| !there("model.safetensors") && !there("model.safetensors.index.json")) {
+        let problem = format!(
+            "its weights are in {name}, a pickle, which may hold a program and is not read; write them as safetensors once \
+             (tools/bin_to_safetensors.py)"
+        );
+        return Err(Error::NoModel { file: dir.into(), problem });
+    }
     let json = map::read_small(&file, cap::CONFIG)?;
     let checkpoint = understand(dir, &json, options, || Ok(safetensors::Model::open(dir, LoadMode::Map)?))?;
     let packed = Some(dir.join(packed_file::NAME)).filter(|p| p.exists());

@@ -5,7 +5,7 @@
 //! them again). `tests/memory.rs` of the command holds it against measured peaks.
 
 use super::checkpoint::Checkpoint;
-use super::spec::{BlockSpec, MlpSpec, Spec};
+use super::spec::{BlockSpec, Latent, MlpSpec, Spec};
 use super::weights::Model;
 use crate::engine::{kv_bytes, transpose::CopyForm};
 use crate::error::{Error, Result};
@@ -176,20 +176,26 @@ fn scratch(checkpoint: &Checkpoint, demand: &Demand) -> u64 {
 }
 
 /// Numbers per token: residual stream, normalised input, results of attention and MLP; queries and attended values, keys
-/// and values, cosines and sines; gate and up; for experts the gathered inputs, the results and the scores.
+/// and values, cosines and sines; gate and up; for experts the gathered inputs, the results and the scores; what latent attention has besides.
 fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
     let rotary: usize = spec.ropes.iter().map(|r| 2 * r.freqs.len()).sum();
     let experts = match b.mlp {
-        MlpSpec::Experts { experts, .. } => 2 * spec.width + experts,
+        MlpSpec::Experts { experts, .. } | MlpSpec::ReluExperts { experts, .. } => 2 * spec.width + experts,
         _ => 0,
     };
-    let gate = if matches!(b.mlp, MlpSpec::Plain { .. }) { 0 } else { inner(b) };
+    let gate = if matches!(b.mlp, MlpSpec::Plain { .. } | MlpSpec::ReluExperts { .. }) { 0 } else { inner(b) };
+    // Both latents, once as they come and once normalised, and the expanded keys and values.
+    let expanded = |l: Latent| 2 * (l.q_rank.unwrap_or(0) + l.kv_rank + l.rope) + b.heads * (l.nope + l.value);
+    let latent = b.latent.map_or(0, expanded);
     let up = inner(b).max(if b.rope.is_some() { b.heads * b.head_dim } else { 0 });
-    4 * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts
+    4 * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts + latent
 }
 
 fn inner(b: &BlockSpec) -> usize {
     match b.mlp {
-        MlpSpec::Gated { inner } | MlpSpec::Plain { inner } | MlpSpec::Experts { inner, .. } => inner,
+        MlpSpec::Gated { inner }
+        | MlpSpec::Plain { inner }
+        | MlpSpec::Experts { inner, .. }
+        | MlpSpec::ReluExperts { inner, .. } => inner,
     }
 }

@@ -19,6 +19,7 @@ pub mod gpt2;
 pub mod gpt_neox;
 pub mod llama;
 pub mod memory;
+pub mod minicpm;
 pub mod mistral;
 pub mod mixtral;
 pub mod names;

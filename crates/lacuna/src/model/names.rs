@@ -32,6 +32,44 @@ pub enum Experts {
     Stacked(&'static str, &'static str, &'static str),
 }
 
+/// Names of latent attention (MLA).
+#[derive(Clone, Copy, Debug)]
+pub struct LatentNames {
+    /// Queries from the residual stream, where they have no latent.
+    pub q: &'static str,
+    /// Down to the query's latent.
+    pub q_down: &'static str,
+    /// Norm of that.
+    pub q_norm: &'static str,
+    /// From it to the queries.
+    pub q_up: &'static str,
+    /// Down to the latent of keys and values, with the rotated part of the keys behind it.
+    pub kv_down: &'static str,
+    /// Norm of the latent.
+    pub kv_norm: &'static str,
+    /// From it to keys and values.
+    pub kv_up: &'static str,
+}
+
+/// Names of experts behind a router with a ReLU, which checkpoints store in one of several ways.
+#[derive(Clone, Copy, Debug)]
+pub struct ReluExpertNames {
+    /// Norm of the router's scores.
+    pub norm: &'static str,
+    /// Whole names of up and down: stacked `[experts, outputs, inputs]`, or as one layer of all neurons
+    /// `[experts * inner, width]` and `[width, experts * inner]`.
+    pub pairs: &'static [[&'static str; 2]],
+    /// The same where down is stored as up is, `[experts * inner, width]`.
+    pub alike: &'static [[&'static str; 2]],
+}
+
+/// No such experts.
+pub const NO_RELU_EXPERTS: ReluExpertNames = ReluExpertNames { norm: "", pairs: &[], alike: &[] };
+
+/// No latent attention.
+pub const NO_LATENT: LatentNames =
+    LatentNames { q: "", q_down: "", q_norm: "", q_up: "", kv_down: "", kv_norm: "", kv_up: "" };
+
 /// The table of names, and what is special about the stored numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
@@ -75,6 +113,10 @@ pub struct Names {
     pub router: &'static str,
     /// Experts.
     pub experts: Experts,
+    /// The matrices and norms of latent attention; empty where the architecture has none.
+    pub latent: LatentNames,
+    /// Experts behind a router with a ReLU; empty where the architecture has none.
+    pub relu_experts: ReluExpertNames,
     /// Added to every stored gain (Gemma stores `gain - 1`).
     pub gain_offset: f32,
     /// The setting that says how many neurons an MLP has.
@@ -111,6 +153,8 @@ pub const LLAMA: Names = Names {
     predictor: ["", ""],
     router: "layers.{}.mlp.gate",
     experts: Experts::None,
+    latent: NO_LATENT,
+    relu_experts: NO_RELU_EXPERTS,
     gain_offset: 0.0,
     inner: "intermediate_size",
     transposed: false,
@@ -142,6 +186,8 @@ pub const GGUF: Names = Names {
     predictor: ["blk.{}.fc1", "blk.{}.fc2"],
     router: "blk.{}.ffn_gate_inp",
     experts: Experts::Stacked("blk.{}.ffn_gate_exps", "blk.{}.ffn_up_exps", "blk.{}.ffn_down_exps"),
+    latent: NO_LATENT,
+    relu_experts: NO_RELU_EXPERTS,
     gain_offset: 0.0,
     inner: "feed_forward_length",
     transposed: false,

@@ -28,15 +28,7 @@ pub static PHI3: Architecture = Architecture {
 
 fn spec(f: &Fields) -> Result<Spec> {
     let mut spec = Spec { arch: "phi3".into(), ..llama::spec(f)? };
-    let scaling = f.inside("rope_parameters").or(f.inside("rope_scaling"));
-    let key = "original_max_position_embeddings";
-    let original = match &scaling {
-        Some(s) => s.opt_positions(key)?.or(f.opt_positions(key)?),
-        None => None,
-    };
-    if scaling.is_some_and(|s| s.get("long_factor").is_some()) {
-        spec.context = rope::longrope_context(f, original, spec.context);
-    }
+    spec.context = rope::config_context(f, spec.context)?;
     set_windows(&mut spec, f.opt_positions("sliding_window")?, |_| true);
     Ok(spec)
 }

@@ -148,6 +148,18 @@ pub fn longrope_context(f: &Fields, original: Option<usize>, longest: usize) -> 
     }
 }
 
+/// The context of a config.json whose longest is `longest`: [`longrope_context`] where its scaling is of that kind.
+///
+/// # Errors
+/// Settings of the wrong type.
+pub fn config_context(f: &Fields, longest: usize) -> Result<usize> {
+    let Some(scaling) = f.inside("rope_parameters").or(f.inside("rope_scaling")) else { return Ok(longest) };
+    let key = "original_max_position_embeddings";
+    let original = scaling.opt_positions(key)?.or(f.opt_positions(key)?);
+    let long = scaling.get("long_factor").is_some();
+    Ok(if long { longrope_context(f, original, longest) } else { longest })
+}
+
 /// The table of a GGUF header: `rope.freq_base`, `rope.scaling.*` and the divisor tensors (given as lists under their
 /// tensor names).
 ///

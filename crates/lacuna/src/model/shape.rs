@@ -86,6 +86,7 @@ impl Shape {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            latent: None,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             window: None,
             score_cap: None,
@@ -94,6 +95,7 @@ impl Shape {
             mlp: MlpSpec::Gated { inner: self.inner },
             act,
             up_act: None,
+            residual_scale: 1.0,
         };
         Spec {
             arch: arch.into(),
@@ -105,6 +107,7 @@ impl Shape {
             ropes: vec![rope],
             norm: NormKind::Rms,
             norm_eps,
+            logit_scale: 1.0,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block; self.layers],

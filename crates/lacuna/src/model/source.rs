@@ -218,6 +218,23 @@ impl Source {
         self.weight(name, m.format(), rows.len(), cols, bytes.into())
     }
 
+    /// A copy of some columns of the matrix `name[rows, all]`, which must be whole blocks of its format.
+    ///
+    /// # Errors
+    /// As [`Source::matrix`].
+    pub fn columns(&self, name: &str, rows: usize, all: usize, columns: Range<usize>) -> Result<Weight> {
+        let whole = self.matrix(name, rows, all)?;
+        let (m, block) = (whole.matrix(), whole.format().block_len());
+        let bytes = |column: usize| column / block * whole.format().block_bytes();
+        let cut = bytes(columns.start)..bytes(columns.end);
+        let part = |r: usize| m.row(r).get(cut.clone()).unwrap_or_default();
+        let copy: Vec<u8> = (0..rows).flat_map(part).copied().collect();
+        let aligned = columns.start.is_multiple_of(block) && columns.end.is_multiple_of(block);
+        whole.bytes().release();
+        // Bytes that are not those of whole blocks are refused there.
+        self.weight(name, m.format(), rows, columns.len(), if aligned { copy.into() } else { Vec::new().into() })
+    }
+
     /// A transposed copy of some columns of `name[inputs, all]`: `W[outputs, inputs]`.
     ///
     /// # Errors

@@ -60,6 +60,53 @@ pub enum MlpSpec {
         /// Whether the kept router weights are divided by their sum.
         normalise: bool,
     },
+    /// Many small experts `down(act(up x))`, as many of them per token as have a positive score in the router (BlockFFN,
+    /// arXiv 2507.08771): `y = sum over g_e > 0 of p_e down_e(act(up_e x))`, `g = max(router x, 0)`, `p` as `scale` says.
+    ReluExperts {
+        /// Number of experts.
+        experts: usize,
+        /// Neurons of one expert.
+        inner: usize,
+        /// From `g` to `p`.
+        scale: RouterScale,
+    },
+}
+
+/// What becomes of the positive scores of a router with a ReLU.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RouterScale {
+    /// They stay.
+    Plain,
+    /// `g / (factor * sum(g) + 1e-5)`.
+    Sum {
+        /// Factor on the sum.
+        factor: f32,
+    },
+    /// `g / sqrt(mean(g^2) + eps) * gain`, the mean over all experts.
+    Rms {
+        /// Epsilon.
+        eps: f32,
+    },
+}
+
+/// Latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): queries may, and keys and values do, come from low-rank latents of
+/// the residual stream. A head's query and key are `nope` components without a position, then `rope` rotated ones; the
+/// rotated part of the key is one for all heads. The cache holds expanded keys and values, values filled up with zeros to the
+/// size of a key.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Latent {
+    /// Size of the query's latent; `None`: queries come from the residual stream.
+    pub q_rank: Option<usize>,
+    /// Size of the latent of keys and values.
+    pub kv_rank: usize,
+    /// Components of a query or key without a position.
+    pub nope: usize,
+    /// Rotated components.
+    pub rope: usize,
+    /// Components of a value, at most `nope + rope`.
+    pub value: usize,
+    /// Epsilon of the norms of the latents.
+    pub eps: f32,
 }
 
 /// One transformer block.
@@ -69,8 +116,10 @@ pub struct BlockSpec {
     pub heads: usize,
     /// Key/value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Size of a head.
+    /// Size of a head; in latent attention that of a query and key, `nope + rope`.
     pub head_dim: usize,
+    /// Latent attention, where it is of that kind; every head has its own key and value then.
+    pub latent: Option<Latent>,
     /// Factor on the scores, usually `1/sqrt(head_dim)`.
     pub scale: f32,
     /// Sliding window: a query sees this many positions, itself included.
@@ -87,6 +136,15 @@ pub struct BlockSpec {
     pub act: Act,
     /// The non-linearity of up in a gated MLP, where there is one (dReLU: that of the gate).
     pub up_act: Option<Act>,
+    /// Factor on what attention and MLP add to the residual stream (MiniCPM: `scale_depth / sqrt(blocks)`), usually 1.
+    pub residual_scale: f32,
+}
+
+impl BlockSpec {
+    /// Numbers that the output projection reads.
+    pub fn attended(&self) -> usize {
+        self.heads * self.latent.map_or(self.head_dim, |l| l.value)
+    }
 }
 
 /// A whole decoder.
@@ -110,6 +168,8 @@ pub struct Spec {
     pub norm: NormKind,
     /// Epsilon of every norm.
     pub norm_eps: f32,
+    /// Factor on the output of the last norm, which loading puts into its gains (MiniCPM: `dim_model_base / width`), usually 1.
+    pub logit_scale: f32,
     /// Logits become `cap * tanh(logit / cap)` (Gemma 2).
     pub logit_cap: Option<f32>,
     /// The score from which predictors that came with the model call a neuron active.

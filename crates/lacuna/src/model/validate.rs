@@ -1,6 +1,6 @@
 //! The last look at a spec, whatever made it: what the forward pass takes for granted.
 
-use super::spec::{BlockSpec, MlpSpec, Position, Rope, Spec};
+use super::spec::{BlockSpec, Latent, MlpSpec, Position, Rope, Spec};
 use crate::error::{Error, Result};
 
 /// Checks counts, divisibility and ranges.
@@ -55,9 +55,30 @@ fn block_fits(spec: &Spec, b: &BlockSpec) -> Result<(), String> {
         (Position::Learned { .. }, None) => {}
         _ => return Err("rotary and learned positions are mixed".into()),
     }
+    if !(b.residual_scale.is_finite() && b.residual_scale > 0.0) {
+        return Err(format!("the factor on what it adds is {}", b.residual_scale));
+    }
+    b.latent.map_or(Ok(()), |l| latent_fits(spec, b, l))?;
     match b.mlp {
+        MlpSpec::ReluExperts { experts, inner, .. } if inner > 0 && experts > 0 => Ok(()),
         MlpSpec::Experts { experts, active, inner, .. } if inner > 0 && active > 0 && active <= experts => Ok(()),
         MlpSpec::Gated { inner } | MlpSpec::Plain { inner } if inner > 0 => Ok(()),
         _ => Err(format!("the MLP {:?} has no neurons or no experts", b.mlp)),
+    }
+}
+
+fn latent_fits(spec: &Spec, b: &BlockSpec, l: Latent) -> Result<(), String> {
+    if l.kv_rank == 0 || l.q_rank == Some(0) || l.rope == 0 || l.value == 0 {
+        return Err(format!("a latent or a part of a head has size 0 in {l:?}"));
+    }
+    if l.nope + l.rope != b.head_dim || b.kv_heads != b.heads {
+        return Err(format!("{l:?} in {} heads of {} with {} keys", b.heads, b.head_dim, b.kv_heads));
+    }
+    if l.value > b.head_dim {
+        return Err(format!("values of {} numbers are longer than keys of {}", l.value, b.head_dim));
+    }
+    match b.rope.and_then(|r| spec.ropes.get(r)) {
+        Some(rope) if rope.dims == l.rope => Ok(()),
+        _ => Err(format!("its rotary table does not rotate {} components", l.rope)),
     }
 }

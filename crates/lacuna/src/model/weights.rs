@@ -33,6 +33,15 @@ pub struct Gated {
     pub down: Linear,
 }
 
+/// An expert without a gate.
+#[derive(Clone, Debug)]
+pub struct Ungated {
+    /// `[inner, width]`.
+    pub up: Linear,
+    /// `[width, inner]`.
+    pub down: Linear,
+}
+
 /// The MLP of a block.
 #[derive(Clone, Debug)]
 pub enum Mlp {
@@ -52,6 +61,24 @@ pub enum Mlp {
         /// One gated MLP each.
         experts: Vec<Gated>,
     },
+    /// Router with a ReLU and experts without gates.
+    ReluExperts {
+        /// `[experts, width]`.
+        router: Linear,
+        /// One per expert, for [`super::spec::RouterScale::Rms`].
+        gain: Option<Vec<f32>>,
+        /// One each.
+        experts: Vec<Ungated>,
+    },
+}
+
+/// What latent attention has beside the matrices of [`Block`].
+#[derive(Clone, Debug)]
+pub struct LatentWeights {
+    /// From the residual stream to the query's latent `[q_rank, width]`, and the norm of that; `None`: there is no such latent.
+    pub query: Option<(Linear, Norm)>,
+    /// The norm of the latent of keys and values, `kv_rank` gains.
+    pub kv_norm: Norm,
 }
 
 /// The weights of one block.
@@ -59,14 +86,18 @@ pub enum Mlp {
 pub struct Block {
     /// Before the attention.
     pub attn_norm: Norm,
-    /// `[heads * head_dim, width]`.
+    /// `[heads * head_dim, width]`; of a query's latent `[heads * head_dim, q_rank]`.
     pub q: Linear,
-    /// `[kv_heads * head_dim, width]`.
+    /// `[kv_heads * head_dim, width]`; in latent attention what gives the latent of keys and values and, behind it, the
+    /// rotated part of the keys: `[kv_rank + rope, width]`.
     pub k: Linear,
-    /// `[kv_heads * head_dim, width]`.
+    /// `[kv_heads * head_dim, width]`; in latent attention what expands the latent, per head to the rest of its key and then
+    /// to its value: `[heads * (nope + value), kv_rank]`.
     pub v: Linear,
-    /// `[width, heads * head_dim]`.
+    /// `[width, heads * head_dim]`; in latent attention `[width, heads * value]`.
     pub o: Linear,
+    /// Latent attention, where it is of that kind.
+    pub latent: Option<LatentWeights>,
     /// Norm of each query head before the rotation (Qwen3, Gemma 3), `head_dim` gains.
     pub q_norm: Option<Norm>,
     /// Norm of each key head.
@@ -115,9 +146,11 @@ pub struct Model {
 }
 
 impl Block {
-    /// The linear layer of a projection; `None` where the MLP has no such single layer (plain: gate; experts: all three).
+    /// The linear layer of a projection; `None` where there is no such single layer of the residual stream (latent attention:
+    /// query, key and value; plain MLPs: gate; experts: all three).
     pub fn linear(&self, proj: Proj) -> Option<&Linear> {
         match (proj, &self.mlp) {
+            (Proj::Q | Proj::K | Proj::V, _) if self.latent.is_some() => None,
             (Proj::Q, _) => Some(&self.q),
             (Proj::K, _) => Some(&self.k),
             (Proj::V, _) => Some(&self.v),
@@ -125,7 +158,7 @@ impl Block {
             (Proj::Gate, Mlp::Gated(g)) => Some(&g.gate),
             (Proj::Up, Mlp::Gated(Gated { up, .. }) | Mlp::Plain { up, .. }) => Some(up),
             (Proj::Down, Mlp::Gated(Gated { down, .. }) | Mlp::Plain { down, .. }) => Some(down),
-            (Proj::Gate, Mlp::Plain { .. }) | (_, Mlp::Experts { .. }) => None,
+            (Proj::Gate, Mlp::Plain { .. }) | (_, Mlp::Experts { .. } | Mlp::ReluExperts { .. }) => None,
         }
     }
 
@@ -140,6 +173,8 @@ impl Block {
             (Proj::Gate, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.gate).collect(),
             (Proj::Up, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.up).collect(),
             (Proj::Down, Mlp::Experts { experts, .. }) => experts.iter().map(|e| &e.down).collect(),
+            (Proj::Up, Mlp::ReluExperts { experts, .. }) => experts.iter().map(|e| &e.up).collect(),
+            (Proj::Down, Mlp::ReluExperts { experts, .. }) => experts.iter().map(|e| &e.down).collect(),
             _ => self.linear(proj).into_iter().collect(),
         }
     }
@@ -154,10 +189,12 @@ impl Block {
             (Proj::Gate, Mlp::Gated(g)) => Some(&mut g.gate),
             (Proj::Up, Mlp::Gated(Gated { up, .. }) | Mlp::Plain { up, .. }) => Some(up),
             (Proj::Down, Mlp::Gated(Gated { down, .. }) | Mlp::Plain { down, .. }) => Some(down),
-            (Proj::Gate, Mlp::Plain { .. }) => None,
+            (Proj::Gate, Mlp::Plain { .. } | Mlp::ReluExperts { .. }) => None,
             (Proj::Gate, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.gate),
             (Proj::Up, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.up),
             (Proj::Down, Mlp::Experts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.down),
+            (Proj::Up, Mlp::ReluExperts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.up),
+            (Proj::Down, Mlp::ReluExperts { experts, .. }) => experts.get_mut(part).map(|e| &mut e.down),
         }
     }
 }

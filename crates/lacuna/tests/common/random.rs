@@ -1,8 +1,8 @@
 //! Small random models, made in memory.
 
 use lacuna::model::{
-    spec::{Act, BlockSpec, MlpSpec, NormKind, Position, Rope, RopePairs, Spec},
-    weights::{Block, Gated, Linear, Mlp, Model, Norm},
+    spec::{Act, BlockSpec, Latent, MlpSpec, NormKind, Position, Rope, RopePairs, RouterScale, Spec},
+    weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, Ungated},
 };
 use lacuna_core::weight::{Orientation, Weight};
 use lacuna_kernels::{Format, convert::encode_run};
@@ -18,6 +18,8 @@ pub struct Kind {
     pub window: Option<usize>,
     /// Layer norms, biases, learned positions, parallel blocks; otherwise root mean square and rotary.
     pub classic: bool,
+    /// Latent attention.
+    pub latent: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,10 +27,20 @@ pub enum MlpKind {
     Gated,
     Plain,
     Experts,
+    ReluExperts,
 }
 
-pub const PLAIN_LLAMA: Kind =
-    Kind { format: Format::F32, mlp: MlpKind::Gated, act: Act::Silu, drelu: false, window: None, classic: false };
+pub const PLAIN_LLAMA: Kind = Kind {
+    format: Format::F32,
+    mlp: MlpKind::Gated,
+    act: Act::Silu,
+    drelu: false,
+    window: None,
+    classic: false,
+    latent: false,
+};
+
+const LATENT: Latent = Latent { q_rank: Some(32), kv_rank: 32, nope: 10, rope: 6, value: 8, eps: 1e-6 };
 
 pub const WIDTH: usize = 64;
 pub const INNER: usize = 96;
@@ -73,8 +85,22 @@ impl Maker {
     }
 
     fn norm(&mut self) -> Norm {
-        let gain = self.stream.values(WIDTH, 0.4).into_iter().map(|g| g + 1.0).collect();
-        Norm { gain, bias: self.kind.classic.then(|| self.stream.values(WIDTH, 0.1)) }
+        Norm { gain: self.gains(WIDTH), bias: self.kind.classic.then(|| self.stream.values(WIDTH, 0.1)) }
+    }
+
+    fn gains(&mut self, n: usize) -> Vec<f32> {
+        self.stream.values(n, 0.4).into_iter().map(|g| g + 1.0).collect()
+    }
+
+    /// Query, key, value and output of latent attention, and what it has besides.
+    fn latent(&mut self) -> ([Linear; 4], LatentWeights) {
+        let l = LATENT;
+        let [q, k] = [self.linear(64, 32), self.linear(l.kv_rank + l.rope, WIDTH)];
+        let [v, o] = [self.linear(4 * (l.nope + l.value), l.kv_rank), self.linear(WIDTH, 4 * l.value)];
+        let down = self.linear(32, WIDTH);
+        let norms = [self.gains(32), self.gains(l.kv_rank)].map(|gain| Norm { gain, bias: None });
+        let [q_norm, kv_norm] = norms;
+        ([q, k, v, o], LatentWeights { query: Some((down, q_norm)), kv_norm })
     }
 
     fn gated(&mut self) -> Gated {
@@ -89,16 +115,31 @@ impl Maker {
             MlpKind::Experts => {
                 Mlp::Experts { router: self.linear(5, WIDTH), experts: (0..5).map(|_| self.gated()).collect() }
             }
+            MlpKind::ReluExperts => {
+                let router = self.linear(7, WIDTH);
+                let one = |m: &mut Self| Ungated { up: m.linear(32, WIDTH), down: m.linear(WIDTH, 32) };
+                let experts = (0..7).map(|_| one(self)).collect();
+                Mlp::ReluExperts { router, gain: Some(self.gains(7)), experts }
+            }
         }
     }
 
     fn block(&mut self) -> Block {
+        let attn_norm = self.norm();
+        let ([q, k, v, o], latent) = if self.kind.latent {
+            let (linears, latent) = self.latent();
+            (linears, Some(latent))
+        } else {
+            let sizes = [(64, WIDTH), (32, WIDTH), (32, WIDTH), (WIDTH, 64)];
+            (sizes.map(|(outputs, inputs)| self.linear(outputs, inputs)), None)
+        };
         Block {
-            attn_norm: self.norm(),
-            q: self.linear(64, WIDTH),
-            k: self.linear(32, WIDTH),
-            v: self.linear(32, WIDTH),
-            o: self.linear(WIDTH, 64),
+            attn_norm,
+            q,
+            k,
+            v,
+            o,
+            latent,
             q_norm: None,
             k_norm: None,
             attn_post_norm: None,
@@ -117,11 +158,13 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         MlpKind::Gated => MlpSpec::Gated { inner: INNER },
         MlpKind::Plain => MlpSpec::Plain { inner: INNER },
         MlpKind::Experts => MlpSpec::Experts { experts: 5, active: 2, inner: INNER, normalise: true },
+        MlpKind::ReluExperts => MlpSpec::ReluExperts { experts: 7, inner: 32, scale: RouterScale::Rms { eps: 1e-5 } },
     };
     let block = BlockSpec {
         heads: 4,
-        kv_heads: 2,
+        kv_heads: if kind.latent { 4 } else { 2 },
         head_dim: 16,
+        latent: kind.latent.then_some(LATENT),
         scale: 0.25,
         window: kind.window,
         score_cap: None,
@@ -130,8 +173,10 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         mlp,
         act: kind.act,
         up_act: kind.drelu.then_some(kind.act),
+        residual_scale: 1.0,
     };
-    let freqs = (0..8).map(|i| 10_000f32.powf(-(i as f32) / 8.0)).collect();
+    let rotated = if kind.latent { LATENT.rope } else { 16 };
+    let freqs = (0..rotated / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotated as f32)).collect();
     let spec = Spec {
         arch: "random".into(),
         vocab: VOCAB,
@@ -139,9 +184,10 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         context: CONTEXT,
         embed_scale: 1.0,
         position: if kind.classic { Position::Learned { offset: 2 } } else { Position::Rotary },
-        ropes: vec![Rope { dims: 16, pairs: RopePairs::Half, freqs, factor: 1.0 }],
+        ropes: vec![Rope { dims: rotated, pairs: RopePairs::Half, freqs, factor: 1.0 }],
         norm: if kind.classic { NormKind::Layer } else { NormKind::Rms },
         norm_eps: 1e-5,
+        logit_scale: 1.0,
         logit_cap: None,
         predictor_threshold: 0.0,
         blocks: vec![block; LAYERS],

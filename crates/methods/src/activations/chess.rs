@@ -79,8 +79,8 @@ impl Method for Chess {
             let scale = shape.mlp.as_ref().and_then(|_| scale(params, &ctx, layer));
             observations.extend(scale.map(|s| Observation::scores(Point::Neurons { layer }, s)));
             if params.get("attention") >= 0.5 {
-                let points = [Proj::Q, Proj::O].map(|p| Observation::magnitudes(input_point(layer, shape, p)));
-                observations.extend(points);
+                let there = [Proj::Q, Proj::O].into_iter().filter(|p| shape.projection(*p).is_some());
+                observations.extend(there.map(|p| Observation::magnitudes(input_point(layer, shape, p))));
             }
         }
         Needs { observations, tokens: 20_000 }
@@ -95,7 +95,7 @@ impl Method for Chess {
         let mut entries = Vec::new();
         for (layer, shape) in ctx.layers.iter().enumerate() {
             if params.get("attention") >= 0.5 {
-                for proj in [Proj::Q, Proj::O] {
+                for proj in [Proj::Q, Proj::O].into_iter().filter(|p| shape.projection(*p).is_some()) {
                     let dropped = ctx.dropped(layer, proj, sparsity);
                     let (selector, kept) = threshold(self, &ctx, input_point(layer, shape, proj), None, dropped)?;
                     entries.push(Entry { layer, rule: Rule::inputs(proj, selector), kept: Some(kept) });

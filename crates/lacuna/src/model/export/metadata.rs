@@ -107,7 +107,7 @@ fn shape(f: &Fields, spec: &Spec) -> Result<Vec<(&'static str, Value)>> {
     pairs.push(("attention.value_length", count(block.head_dim)));
     let inner = spec.blocks.iter().find_map(|b| match b.mlp {
         MlpSpec::Gated { inner } | MlpSpec::Plain { inner } => Some(inner),
-        MlpSpec::Experts { .. } => None,
+        MlpSpec::Experts { .. } | MlpSpec::ReluExperts { .. } => None,
     });
     let mixture = spec.blocks.iter().find_map(|b| match b.mlp {
         MlpSpec::Experts { experts, active, inner, .. } => Some((experts, active, inner)),
@@ -224,7 +224,10 @@ fn difference(a: &Spec, b: &Spec) -> Option<String> {
     if (a.vocab, a.width, a.context, a.blocks.len()) != (b.vocab, b.width, b.context, b.blocks.len()) {
         return other("the sizes of this model");
     }
-    if (&a.position, a.norm, a.norm_eps) != (&b.position, b.norm, b.norm_eps) || !same(a.embed_scale, b.embed_scale) {
+    if (&a.position, a.norm, a.norm_eps) != (&b.position, b.norm, b.norm_eps)
+        || !same(a.embed_scale, b.embed_scale)
+        || !same(a.logit_scale, b.logit_scale)
+    {
         return other("the positions, norms or embedding scale of this model");
     }
     let cap = |c: Option<f32>| c.unwrap_or(0.0);
@@ -240,8 +243,8 @@ fn difference(a: &Spec, b: &Spec) -> Option<String> {
     }
     a.blocks.iter().zip(&b.blocks).enumerate().find_map(|(i, (x, y))| {
         let at = |what: &str| Some(format!("{what} of block {i}"));
-        if (x.heads, x.kv_heads, x.head_dim, x.rope, x.parallel)
-            != (y.heads, y.kv_heads, y.head_dim, y.rope, y.parallel)
+        if (x.heads, x.kv_heads, x.head_dim, x.rope, x.parallel, x.latent, x.residual_scale)
+            != (y.heads, y.kv_heads, y.head_dim, y.rope, y.parallel, y.latent, y.residual_scale)
         {
             return at("the attention");
         }

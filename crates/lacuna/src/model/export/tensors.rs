@@ -238,6 +238,7 @@ impl Collector<'_> {
                 _ => return Err(self.unsupported("this arrangement of gate and up".into())),
             },
             MlpSpec::Experts { experts, .. } => return self.experts(i, experts),
+            MlpSpec::ReluExperts { .. } => return Err(self.unsupported("experts behind a router with a ReLU".into())),
         }
         self.linear(from.down, to.down, i, None)
     }
