@@ -7,6 +7,7 @@ pub mod atomic;
 pub mod bytes;
 pub mod compress;
 pub mod error;
+pub mod firing;
 pub mod format;
 pub mod hash;
 pub mod histogram;

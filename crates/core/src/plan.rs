@@ -25,6 +25,10 @@ pub struct Selector {
     /// One factor per entry (WINA's column norms, the roots of CHESS's importances); none: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<Tensor>,
+    /// What is kept is divided by its Euclidean norm: part of what models trained with Q-Sparse compute, so that with such an
+    /// entry prompts follow the plan too. For inputs of projections only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unit: bool,
     /// Which scores stay.
     #[serde(flatten)]
     pub cut: Cut,
@@ -67,22 +71,27 @@ pub enum Cut {
 impl Selector {
     /// Keeps what is not exactly zero.
     pub fn non_zero() -> Self {
-        Self { scale: None, cut: Cut::NonZero }
+        Self { scale: None, unit: false, cut: Cut::NonZero }
     }
 
     /// Keeps `|x_j| > threshold`.
     pub fn above(threshold: f32) -> Self {
-        Self { scale: None, cut: Cut::Above { threshold } }
+        Self { scale: None, unit: false, cut: Cut::Above { threshold } }
     }
 
     /// Keeps the `count` largest `|x_j|`.
     pub fn top(count: usize) -> Self {
-        Self { scale: None, cut: Cut::Top { count } }
+        Self { scale: None, unit: false, cut: Cut::Top { count } }
     }
 
     /// The same cut on `|x_j| * scale_j`.
     pub fn scaled(self, scale: Tensor) -> Self {
         Self { scale: Some(scale), ..self }
+    }
+
+    /// The same selection, divided by its Euclidean norm.
+    pub fn to_unit(self) -> Self {
+        Self { unit: true, ..self }
     }
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
@@ -269,6 +278,10 @@ impl Rule {
         };
         if matches!((self, &self.selector().cut), (Rule::Inputs { .. }, Cut::Prompt { .. })) {
             return Err("selects inputs by the prompt; only neurons can be selected so".into());
+        }
+        let units = self.selector().unit || then.as_ref().is_some_and(|t| t.unit);
+        if units && !matches!(self, Rule::Inputs { low_rank: None, .. }) {
+            return Err("divides by a norm, which only rules on inputs without a low-rank part do".into());
         }
         self.selector().check(signed)?;
         match then {
@@ -460,7 +473,8 @@ mod tests {
         assert!(error(Rule::inputs(Proj::Q, Selector::above(f32::NAN))).contains("NaN"));
         assert!(error(Rule::inputs(Proj::Q, Selector::above(-1.0))).contains("-1"));
         assert!(
-            error(Rule::inputs(Proj::Q, Selector { scale: None, cut: Cut::Prompt { count: 3 } })).contains("prompt")
+            error(Rule::inputs(Proj::Q, Selector { scale: None, unit: false, cut: Cut::Prompt { count: 3 } }))
+                .contains("prompt")
         );
         let checked = |draft, accept, most| {
             let decoding = Some(Decoding { draft, accept, most });
@@ -478,7 +492,8 @@ mod tests {
         assert!(twice.check(1).unwrap_err().contains("second time"));
         let scaled = Selector::above(1.0).scaled(Tensor::vector(vec![1.0; 3]));
         assert!(scaled.check_width(3).is_ok() && scaled.check_width(4).unwrap_err().contains("3 numbers"));
-        let list = |l: &[u32]| Selector { scale: None, cut: Cut::Listed { list: Tensor::list(l.to_vec()) } };
+        let list =
+            |l: &[u32]| Selector { scale: None, unit: false, cut: Cut::Listed { list: Tensor::list(l.to_vec()) } };
         assert!(list(&[0, 2]).check_width(3).is_ok());
         assert!(list(&[0, 3]).check_width(3).is_err() && list(&[1, 1]).check_width(3).is_err());
     }

@@ -2,7 +2,14 @@
 
 pub mod stored;
 
-use crate::{histogram::MagnitudeHistogram, method::MethodError, observer::Observer, site::Point, tensor::Tensor};
+use crate::{
+    firing::{Firing, Sampling},
+    histogram::MagnitudeHistogram,
+    method::MethodError,
+    observer::Observer,
+    site::Point,
+    tensor::Tensor,
+};
 use std::{cmp::Ordering, collections::BTreeMap};
 
 /// What is gathered at a point.
@@ -23,6 +30,8 @@ pub enum Gather {
         /// Rows kept.
         most: usize,
     },
+    /// Which entries are not zero: how often, and for sampled tokens which ones together.
+    Firing(Sampling),
 }
 
 /// A point, and what is gathered there.
@@ -50,11 +59,17 @@ impl Observation {
         Self { point, gather: Gather::Moments }
     }
 
+    /// How often entries are not zero, and at which of the sampled tokens.
+    pub fn firing(point: Point, sampling: Sampling) -> Self {
+        Self { point, gather: Gather::Firing(sampling) }
+    }
+
     fn key(&self) -> (Point, u8, &str, u64) {
         match &self.gather {
             Gather::Scores { scale } => (self.point, 0, scale.as_ref().map_or("", |s| s.name()), 0),
             Gather::Moments => (self.point, 1, "", 0),
             Gather::Rows { every, most } => (self.point, 2, "", every ^ (*most as u64) << 32),
+            Gather::Firing(Sampling { every, most }) => (self.point, 3, "", every ^ (*most as u64) << 32),
         }
     }
 }
@@ -128,6 +143,7 @@ enum Gathered {
     Scores(Box<MagnitudeHistogram>),
     Moments(Moments),
     Rows(Rows),
+    Firing(Firing),
 }
 
 #[derive(Clone, Debug)]
@@ -151,6 +167,7 @@ impl Statistics {
                 Gather::Scores { .. } => Gathered::Scores(Box::default()),
                 Gather::Moments => Gathered::Moments(Moments::default()),
                 Gather::Rows { .. } => Gathered::Rows(Rows::default()),
+                Gather::Firing(_) => Gathered::Firing(Firing::default()),
             };
             (o, Slot { tokens: 0, gathered })
         };
@@ -183,6 +200,14 @@ impl Statistics {
     pub fn rows(&self, point: Point) -> Option<&Rows> {
         self.slots.iter().find_map(|(o, s)| match &s.gathered {
             Gathered::Rows(r) if o.point == point && r.width > 0 => Some(r),
+            _ => None,
+        })
+    }
+
+    /// The activity recorded at `point`, if it was asked for and any token seen.
+    pub fn firing(&self, point: Point) -> Option<&Firing> {
+        self.slots.iter().find_map(|(o, s)| match &s.gathered {
+            Gathered::Firing(f) if o.point == point && f.tokens() > 0 => Some(f),
             _ => None,
         })
     }
@@ -266,6 +291,7 @@ impl Slot {
                 }
             }
             (Gathered::Moments(m), _) => m.add(width, values),
+            (Gathered::Firing(f), Gather::Firing(sampling)) => f.add(width, values, first, *sampling),
             (Gathered::Rows(rows), Gather::Rows { every, most }) => {
                 rows.width = width;
                 for (i, row) in values.chunks_exact(width).enumerate() {

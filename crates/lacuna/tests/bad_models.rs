@@ -34,7 +34,7 @@ fn message(path: &Path) -> String {
 
 #[test]
 fn settings_that_cannot_be_name_the_file_and_the_key() {
-    let cases: [(&str, Value, &[&str]); 14] = [
+    let cases: [(&str, Value, &[&str]); 27] = [
         (
             "llama2",
             json!({"architectures": ["FrogForCausalLM"]}),
@@ -61,6 +61,23 @@ fn settings_that_cannot_be_name_the_file_and_the_key() {
         ("mixtral", json!({"num_experts_per_tok": 6}), &["`num_experts_per_tok`", "6 active experts of 5"]),
         ("opt", json!({"do_layer_norm_before": false}), &["opt-350m"]),
         ("gpt-neox", json!({"num_key_value_heads": 1}), &["fewer key/value heads"]),
+        ("minicpm", json!({"attention_type": "linear"}), &["attention of the type `linear`", "mla"]),
+        ("minicpm", json!({"ffn_type": "moe"}), &["an MLP of the type `moe`", "block_linear"]),
+        ("minicpm", json!({"num_experts": 8}), &["MiniCPM-MoE"]),
+        ("minicpm", json!({"sparse_config": {"topk": 64}}), &["`sparse_config`", "full attention"]),
+        ("minicpm", json!({"scale_depth": 0}), &["`scale_depth`", "above 0"]),
+        ("minicpm3", json!({"v_head_dim": 12}), &["values of 12 numbers beside keys of 11"]),
+        ("minicpm3", json!({"qk_rope_head_dim": 5}), &["5 rotated components, not an even number"]),
+        (
+            "minicpm3",
+            json!({"kv_lora_rank": 14}),
+            &["`model.layers.0.self_attn.kv_a_proj_with_mqa.weight`", "[20, 42]"],
+        ),
+        ("blockffn", json!({"router_act": "softmax"}), &["a router with the activation `softmax`"]),
+        ("blockffn", json!({"norm_after_router": "l2"}), &["a router with the norm `l2`", "rms"]),
+        ("blockffn", json!({"expert_size": 11}), &["`model.layers.0.mlp.up_proj`", "[7, 11, 42]", "[7, 10, 42]"]),
+        ("blockffn-linear", json!({"num_experts": 8}), &["`model.layers.0.mlp.router_proj.weight`", "[8, 42]"]),
+        ("blockffn-linear", json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), &["rope scaling `dynamic`"]),
     ];
     for (name, changes, wanted) in cases {
         let shown = changes.to_string();
@@ -89,7 +106,20 @@ fn no_single_setting_makes_a_panic() {
         json!([1e300, "a"]),
         json!({"rope_type": "llama3"}),
     ];
-    for name in ["llama3", "gemma3", "phi3-longrope", "gpt2", "gpt-neox", "opt", "qwen3-moe-mixed", "qwen2-window"] {
+    for name in [
+        "llama3",
+        "gemma3",
+        "phi3-longrope",
+        "gpt2",
+        "gpt-neox",
+        "opt",
+        "qwen3-moe-mixed",
+        "qwen2-window",
+        "minicpm",
+        "minicpm3",
+        "blockffn",
+        "blockffn-linear",
+    ] {
         let (_keep, path) = changed(name, json!({}));
         let file = path.join("config.json");
         let config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
@@ -149,6 +179,9 @@ fn missing_shards_and_strange_paths_are_named() {
     assert!(message(&dir.join("config.json")).contains("ends in .gguf"));
     fs::remove_file(dir.join("config.json")).unwrap();
     assert!(message(&dir).contains("config.json"));
+    let (_keep, dir) = changed("blockffn", json!({}));
+    fs::rename(dir.join("model.safetensors"), dir.join("pytorch_model.bin")).unwrap();
+    assert!(message(&dir).contains("pytorch_model.bin, a pickle") && message(&dir).contains("bin_to_safetensors.py"));
 }
 
 #[test]

@@ -111,13 +111,13 @@ pub fn threshold(
     }
     let threshold = seen.threshold(dropped);
     let kept = seen.kept_share(threshold) as f32;
-    Ok((Selector { scale, cut: Cut::Above { threshold } }, kept))
+    Ok((Selector { scale, unit: false, cut: Cut::Above { threshold } }, kept))
 }
 
 /// The selector that keeps `1 - dropped` of `width` entries by rank (at least one), and the share it keeps.
 pub fn top(width: usize, scale: Option<Tensor>, dropped: f64) -> (Selector, f32) {
     let count = ((width as f64 * (1.0 - dropped)).round() as usize).clamp(1, width);
-    (Selector { scale, cut: Cut::Top { count } }, count as f32 / width as f32)
+    (Selector { scale, unit: false, cut: Cut::Top { count } }, count as f32 / width as f32)
 }
 
 /// That the model has nothing for `method`.

@@ -5,6 +5,7 @@ use super::{Gathered, Moments, Rows, Slot, Statistics};
 use crate::{
     bytes::Bytes,
     error::{Error, Result},
+    firing::Firing,
     format::safetensors::{Dtype, NewTensor, Tensors, write},
     hash::sha256,
     histogram::MagnitudeHistogram,
@@ -52,6 +53,12 @@ impl Statistics {
                 Gathered::Rows(r) => {
                     head.push(r.width as u64);
                     add("rows", Dtype::F32, words(&r.values, f32::to_le_bytes));
+                }
+                Gathered::Firing(f) => {
+                    let (width, tokens, counts, bits) = f.parts();
+                    head.extend([width as u64, tokens]);
+                    add("counts", Dtype::U64, words(counts, u64::to_le_bytes));
+                    add("bits", Dtype::U64, words(bits, u64::to_le_bytes));
                 }
             }
             add("head", Dtype::U64, words(&head, u64::to_le_bytes));
@@ -122,6 +129,11 @@ fn read_slot(file: &Tensors, i: usize, slot: &mut Slot) -> Result<()> {
             }
             Gathered::Rows(Rows { width, values })
         }
+        (Gathered::Firing(_), &[width, tokens]) => {
+            let width = usize::try_from(width).map_err(|_| bad("head"))?;
+            let f = Firing::from_parts(width, tokens, u64s("counts")?, u64s("bits")?);
+            Gathered::Firing(f.ok_or_else(|| bad("counts"))?)
+        }
         _ => return Err(bad("head")),
     };
     Ok(())
@@ -131,6 +143,7 @@ fn read_slot(file: &Tensors, i: usize, slot: &mut Slot) -> Result<()> {
 mod tests {
     use super::*;
     use crate::{
+        firing::Sampling,
         observer::Observer,
         site::{Point, Proj},
         statistics::Gather,
@@ -142,8 +155,10 @@ mod tests {
         let point = Point::Input { layer: 1, proj: Proj::O };
         let rows = Observation { point, gather: Gather::Rows { every: 3, most: 5 } };
         let scale = Tensor::vector(vec![2.0, 0.5]);
-        let all =
-            vec![Observation::magnitudes(point), Observation::scores(point, scale), Observation::moments(point), rows];
+        let firing = Observation::firing(point, Sampling { every: 2, most: 4 });
+        let mut all =
+            vec![Observation::magnitudes(point), Observation::scores(point, scale), Observation::moments(point)];
+        all.extend([rows, firing]);
         let key = Statistics::key("model text", &all);
         let values: Vec<f32> = (0..40).map(|i| (i as f32 - 17.0) * 0.3).collect();
         let (mut whole, mut half) = (Statistics::new(all.clone()), Statistics::new(all.clone()));

@@ -225,6 +225,9 @@ fn columns_of(rule: &Rule) -> Proj {
 /// Why an entry does not pay, if it does not.
 fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option<String> {
     let format = CopyForm::for_weight(weight).0.format;
+    if entry.rule.selector().unit {
+        return None;
+    }
     let limit = break_even.share(format);
     entry.kept.filter(|k| *k + low_rank_share(&entry.rule, weight) > limit)?;
     let place = entry.rule.place();

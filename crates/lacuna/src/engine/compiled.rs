@@ -158,13 +158,20 @@ impl LayerPlan {
     }
 }
 
-/// What every layer skips while decoding; prefill is dense.
+/// What every layer skips while decoding; prefill is dense unless a rule is part of what the model computes.
 #[derive(Clone, Debug, Default)]
 pub struct CompiledPlan {
     /// One per block of the model.
     pub layers: Vec<LayerPlan>,
     /// Made for masked passes only (measures of quality): the weights stay as they are, and nothing is saved.
     pub masked: bool,
+}
+
+impl CompiledPlan {
+    /// Whether a rule is part of what the model computes, so that no pass may go without the plan.
+    pub(super) fn is_of_the_model(&self) -> bool {
+        self.layers.iter().flat_map(|l| l.inputs.iter().flatten()).any(|rule| rule.selector.unit)
+    }
 }
 
 /// How much of one site was used.

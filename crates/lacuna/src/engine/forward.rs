@@ -36,6 +36,21 @@ pub(super) enum Mode {
 }
 
 impl Mode {
+    /// The mode of a pass under `plan`: dense ones follow it where the model does not compute anything else.
+    pub fn under(self, plan: Option<&CompiledPlan>) -> Self {
+        match plan.filter(|p| p.is_of_the_model()) {
+            Some(_) if self == Mode::Prefill => Mode::Masked,
+            Some(plan) if self == Mode::Dense => {
+                if plan.masked {
+                    Mode::Masked
+                } else {
+                    Mode::Decode
+                }
+            }
+            _ => self,
+        }
+    }
+
     /// Whether the tokens follow one another in one context and go through matrix products.
     pub fn is_chunk(self) -> bool {
         matches!(self, Mode::Prefill | Mode::Masked)

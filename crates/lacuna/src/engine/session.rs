@@ -166,7 +166,7 @@ impl Session {
         let rows = (0..n).map(place).collect();
         let places = Places::new(std::iter::once(&mut self.kv).chain(&mut forks).collect(), rows);
         let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
-        let mode = if dense { Mode::Dense } else { Mode::Decode };
+        let mode = if dense { Mode::Dense } else { Mode::Decode }.under(self.shared.plan.as_deref());
         Forward { shared, places, ws, counters, observer: &mut Nobody, plan: shared.plan.as_deref(), mode }
             .run(tree.tokens());
         self.counters.steps += 1;
@@ -342,8 +342,12 @@ impl Session {
 
     pub(super) fn forward(&mut self, tokens: &[u32], mode: Mode, observer: &mut dyn Observer) {
         let places = Places::following(&mut self.kv, self.len, tokens.len());
-        let (shared, ws, counters) = (&*self.shared, &mut self.ws, &mut self.counters);
-        Forward { shared, places, ws, counters, observer, plan: shared.plan.as_deref(), mode }.run(tokens);
+        let (shared, ws) = (&*self.shared, &mut self.ws);
+        let plan = shared.plan.as_deref();
+        // What is read for a prompt is not counted, whatever the pass.
+        let mut unseen = Counters::new(shared.model.blocks.len());
+        let counters = if mode == Mode::Prefill { &mut unseen } else { &mut self.counters };
+        Forward { shared, places, ws, counters, observer, plan, mode: mode.under(plan) }.run(tokens);
         self.len += tokens.len();
     }
 

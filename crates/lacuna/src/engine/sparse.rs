@@ -28,6 +28,9 @@ impl Selection {
     pub fn select(&mut self, selector: &Selector, x: &[f32], signed: bool, prompt: &[u32]) {
         let scale = selector.scale.as_ref().map(|s| s.values()).filter(|_| !signed);
         self.cut(&selector.cut, scale, x, signed, prompt);
+        if selector.unit {
+            divide_by_norm(&mut self.value);
+        }
     }
 
     fn cut(&mut self, cut: &Cut, scale: Option<&[f32]>, x: &[f32], signed: bool, prompt: &[u32]) {
@@ -74,6 +77,14 @@ impl Selection {
         }
         self.index.truncate(scratch.index.len());
         std::mem::swap(product, &mut scratch.value);
+    }
+}
+
+/// `x / ||x||`; zeros stay.
+fn divide_by_norm(x: &mut [f32]) {
+    let norm = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+    if norm > 0.0 {
+        x.iter_mut().for_each(|v| *v = (f64::from(*v) / norm) as f32);
     }
 }
 
@@ -255,5 +266,26 @@ fn rows(pool: &Pool, linears: &mut Linears, linear: &Linear, x: &[f32], rows: &[
     gemv::run_rows(pool, &mut [gemv::RowsJob { w: linear.weight.matrix(), rows, x, y: out }]);
     if let Some(bias) = &linear.bias {
         out.iter_mut().zip(rows).for_each(|(o, &i)| *o += bias[i as usize]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_has_norm_one_and_forgets_the_scale_of_the_rest() {
+        let mut s = Selection::default();
+        let x = [3.0, -0.1, 0.0, -4.0];
+        s.select(&Selector::top(2).to_unit(), &x, false, &[]);
+        assert_eq!((&s.index[..], &s.value[..]), (&[0, 3][..], &[0.6, -0.8][..]));
+        let larger = x.map(|v| v * 1024.0);
+        let before = s.value.clone();
+        s.select(&Selector::top(2).to_unit(), &larger, false, &[]);
+        assert_eq!(s.value, before);
+        s.select(&Selector::top(2).to_unit(), &[0.0; 4], false, &[]);
+        assert!(s.value.iter().all(|v| *v == 0.0));
+        s.select(&Selector::top(2), &x, false, &[]);
+        assert_eq!(s.value, [3.0, -4.0], "without the option nothing is divided");
     }
 }

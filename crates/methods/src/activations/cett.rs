@@ -90,7 +90,10 @@ impl Method for Cett {
                 (Selector::non_zero(), seen.nonzero_share())
             } else {
                 let threshold = Tail { rows, norms: norms.values(), matrix: &matrix }.threshold(error);
-                (Selector { scale: Some(norms.clone()), cut: Cut::Above { threshold } }, seen.kept_share(threshold))
+                (
+                    Selector { scale: Some(norms.clone()), unit: false, cut: Cut::Above { threshold } },
+                    seen.kept_share(threshold),
+                )
             };
             entries.push(Entry { layer, rule: Rule::inputs(Proj::Down, selector), kept: Some(kept as f32) });
         }

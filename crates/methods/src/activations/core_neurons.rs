@@ -54,7 +54,7 @@ impl Method for CoreNeurons {
             let dropped = ctx.dropped(layer, Proj::Up, params.get("sparsity"));
             let count = ((inner as f64 * (1.0 - dropped)).round() as usize).clamp(1, inner);
             let norms = (params.get("norms") >= 0.5).then(|| ctx.weights.column_norms(layer, &[Proj::Down])).flatten();
-            let selector = Selector { scale: norms, cut: Cut::Prompt { count } };
+            let selector = Selector { scale: norms, unit: false, cut: Cut::Prompt { count } };
             entries.push(Entry { layer, rule: Rule::neurons(selector), kept: Some(count as f32 / inner as f32) });
         }
         if entries.is_empty() {

@@ -130,7 +130,7 @@ impl Method for Predictor {
                 up: Tensor::matrix(inner, &trained.up),
                 relu: true,
             };
-            let selector = Selector { scale: None, cut };
+            let selector = Selector { scale: None, unit: false, cut };
             let rule = Rule::Predicted { predictor: matrices, selector, then: None };
             entries.push(Entry { layer, rule, kept: Some(kept as f32) });
         }

@@ -1,11 +1,12 @@
 //! `q-sparse`: the K largest inputs of every projection, by rank.
 //!
 //! Wang et al., Q-Sparse (arXiv:2407.10969). One top-K mask per input vector, shared by the projections that read it
-//! (four selections per layer); exact, per token, ties to the lower channel. This is the inference side for a model as
-//! it is: the paper's models were trained so, and divide the kept vector by its norm; no such checkpoint is public, and
-//! that division is not applied. Needs no calibration text.
+//! (four selections per layer); exact, per token, ties to the lower channel. This is the inference side. The paper's models
+//! were trained so, and divide what is kept by its Euclidean norm, `y = W (x * M) / ||x * M||`: `rescale=1` does that, in
+//! prompts too, because such models compute nothing else. It is off by default: no such checkpoint is public, and it makes
+//! nonsense of other models. Needs no calibration text.
 
-use crate::common::{SPARSITY, projections, readers, top};
+use crate::common::{SPARSITY, projections, readers, switch, top};
 use lacuna_core::{
     method::{Citation, Method, MethodError, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule},
@@ -42,7 +43,11 @@ impl Method for QSparse {
     }
 
     fn params(&self) -> &'static [ParamSpec] {
-        &[SPARSITY]
+        const PARAMS: &[ParamSpec] = &[
+            SPARSITY,
+            switch("rescale", "1: divide what is kept by its norm, for models trained so; 0: for all others", false),
+        ];
+        PARAMS
     }
 
     fn layouts(&self) -> &'static [Orientation] {
@@ -56,6 +61,7 @@ impl Method for QSparse {
             for proj in projections(shape).filter(|p| shape.observed_as(*p) == *p) {
                 let inputs = shape.projection(proj).map_or(0, |p| p.1);
                 let (selector, kept) = top(inputs, None, ctx.dropped(layer, proj, params.get("sparsity")));
+                let selector = if params.get("rescale") >= 0.5 { selector.to_unit() } else { selector };
                 let same = |proj| Entry { layer, rule: Rule::inputs(proj, selector.clone()), kept: Some(kept) };
                 entries.extend(readers(shape, proj).into_iter().map(same));
             }
@@ -78,5 +84,9 @@ mod tests {
         let larger: Vec<f32> = x.iter().map(|x| 7.5 * x).collect();
         assert_eq!(kept_of(entries[0].rule.selector(), &larger), [1, 2, 5], "the scale of x does not matter");
         assert_eq!(entries[0].rule.selector(), entries[2].rule.selector());
+        assert!(entries.iter().all(|e| !e.rule.selector().unit), "models that were not trained so stay as they are");
+        let entries =
+            planned(&QSparse, &[("sparsity", 0.5), ("rescale", 1.0)], &layers(1, "silu"), &NoWeights, |_, _| vec![]);
+        assert!(entries.iter().all(|e| e.rule.selector().unit));
     }
 }

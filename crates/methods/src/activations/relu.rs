@@ -5,12 +5,23 @@
 //! not zero: with a kept share p the MLP reads (1 + 2p)/3 of its bytes. Fails (and says so) on activations that never
 //! return exact zeros.
 
-use crate::common::{closed_neurons, neuron_magnitudes};
+use crate::common::{closed_neurons, mlp_layers, neuron_magnitudes};
 use lacuna_core::{
+    firing::{Firing, Sampling},
     method::{Citation, Method, MethodError, Needs, ParamSpec, Params, PlanContext},
     plan::{Entry, Rule, Selector},
     site::{Point, Site},
+    statistics::Observation,
 };
+
+/// Whole patterns of activity are kept of these tokens, for the report.
+const SAMPLING: Sampling = Sampling { every: 4, most: 1024 };
+/// What the report calls hot: the neurons that make this part of all activity.
+const HOT: f64 = 0.8;
+/// The report looks for neurons that fire together among so many of the hottest of a layer.
+const HOTTEST: usize = 256;
+/// They do if both are active at this part of the tokens at which one is.
+const OVERLAP: f64 = 0.5;
 
 /// Exact neuron skipping.
 #[derive(Debug)]
@@ -45,7 +56,9 @@ impl Method for Relu {
     }
 
     fn needs(&self, _: &Params, ctx: PlanContext<'_>) -> Needs {
-        Needs { observations: neuron_magnitudes(&ctx), tokens: 0 }
+        let mut observations = neuron_magnitudes(&ctx);
+        observations.extend(mlp_layers(&ctx).map(|(layer, _)| Observation::firing(Point::Neurons { layer }, SAMPLING)));
+        Needs { observations, tokens: 0 }
     }
 
     fn plan(&self, _: &Params, ctx: PlanContext<'_>) -> Result<Vec<Entry>, MethodError> {
@@ -53,6 +66,31 @@ impl Method for Relu {
             let kept = ctx.statistics.magnitudes(Point::Neurons { layer }).map(|h| h.nonzero_share() as f32);
             (Rule::neurons(Selector::non_zero()), kept)
         })
+    }
+
+    fn report(&self, _: &Params, ctx: PlanContext<'_>, _: &[Entry]) -> Vec<String> {
+        let layers = mlp_layers(&ctx).filter_map(|(layer, _)| ctx.statistics.firing(Point::Neurons { layer }));
+        let layers: Vec<&Firing> = layers.collect();
+        if layers.is_empty() {
+            return Vec::new();
+        }
+        let hot: Vec<f64> = layers.iter().map(|f| 100.0 * f.hot_share(HOT)).collect();
+        let (low, high) = hot.iter().fold((f64::MAX, 0.0_f64), |(l, h), x| (l.min(*x), h.max(*x)));
+        let mean = hot.iter().sum::<f64>() / hot.len() as f64;
+        let groups: Vec<_> = layers.iter().flat_map(|f| f.groups(HOTTEST, OVERLAP)).collect();
+        let members: usize = groups.iter().map(Vec::len).sum();
+        let largest = groups.iter().map(Vec::len).max().unwrap_or(0);
+        vec![
+            format!(
+                "hot neurons: {mean:.1} % of a layer's neurons make {:.0} % of its activity ({low:.1} to {high:.1} % by layer)",
+                100.0 * HOT
+            ),
+            format!(
+                "firing together: of the {HOTTEST} hottest neurons of each layer, {members} are in {} groups (largest: \
+                 {largest}) whose members share half of their tokens or more",
+                groups.len()
+            ),
+        ]
     }
 }
 
@@ -79,6 +117,14 @@ mod tests {
         assert_eq!(plan(&statistics)[1].kept, None);
         statistics.observe(Point::Neurons { layer: 1 }, 4, &[0.0, 1.0, 0.0, 0.0]);
         assert_eq!((plan(&statistics)[0].kept, plan(&statistics)[1].kept), (None, Some(0.25)));
+        let entries = plan(&statistics);
+        let report = Relu.report(&params, ctx(&layers, &statistics, &budgets), &entries);
+        assert!(report[0].starts_with("hot neurons: 25.0 %"), "{report:?}");
+        assert!(report[1].contains(" 0 are in 0 groups"), "{report:?}");
+        assert_eq!(
+            Relu.report(&params, ctx(&layers, &Statistics::default(), &budgets), &entries),
+            Vec::<String>::new()
+        );
     }
 
     #[test]

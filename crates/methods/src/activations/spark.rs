@@ -93,7 +93,7 @@ impl Method for Spark {
                 Rule::neurons(top(shape.inner, None, 0.0).0)
             } else {
                 let multiple = normal_quantile(dropped) as f32;
-                let selector = Selector { scale: None, cut: Cut::Gaussian { multiple } };
+                let selector = Selector { scale: None, unit: false, cut: Cut::Gaussian { multiple } };
                 Rule::Neurons { on: Stage::Gate, selector, then: None }
             };
             Ok((rule, Some((1.0 - dropped) as f32)))

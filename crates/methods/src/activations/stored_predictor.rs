@@ -77,7 +77,7 @@ impl Method for StoredPredictor {
                 );
             }
             // The reference keeps scores of zero, selectors keep what lies above.
-            let selector = Selector { scale: None, cut: Cut::Above { threshold: -f32::MIN_POSITIVE } };
+            let selector = Selector { scale: None, unit: false, cut: Cut::Above { threshold: -f32::MIN_POSITIVE } };
             let rows = ctx.statistics.rows(point(&ctx, layer));
             let kept = rows.map(|r| kept_share(&predictor, &r.values));
             entries.push(Entry { layer, rule: Rule::Predicted { predictor, selector, then: None }, kept });
