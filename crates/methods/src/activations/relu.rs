@@ -87,7 +87,7 @@ impl Method for Relu {
             ),
             format!(
                 "firing together: of the {HOTTEST} hottest neurons of each layer, {members} are in {} groups (largest: \
-                 {largest}) whose members share half of their tokens or more",
+                 {largest}) that pairs with half of their tokens in common link",
                 groups.len()
             ),
         ]
