@@ -71,6 +71,9 @@ def row(a, model, spec):
         books = os.path.exists(os.path.join(out, "model.lacuna"))
         fixed = weights(model) - sum(l["bytes"][0] for l in lock["layers"])
         size = fixed + sum(read_bytes(l, books) for l in lock["layers"])
+        if "lacuna_norm_width" in json.load(open(os.path.join(out, "config.json"))):
+            # Shortcuts and a head of their own come on top of the matrices.
+            size = weights(out)
         done, _ = run([a.ours, "eval", "kld", "-m", out, "--base", model, "-f", a.test, "-t", str(a.threads), "--json"])
         if done.returncode:
             return None, (done.stderr.strip().splitlines() or ["failed"])[-1]

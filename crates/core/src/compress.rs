@@ -150,6 +150,45 @@ pub trait NeuronPruner: Sync {
     fn prune(&self, params: &Params, mlp: &Neurons<'_>) -> Result<Pruned, MethodError>;
 }
 
+/// The residual stream before a norm, for which a basis is sought.
+#[derive(Clone, Copy)]
+pub struct Stream<'a> {
+    /// What messages call it, such as `layers.3.mlp` (what reads it) or `head`.
+    pub place: &'a str,
+    /// Its width.
+    pub width: usize,
+    /// `X^T X` of the stream on the calibration text, `[width, width]`, if [`Compressor::sight`] asks for it.
+    pub gram: Option<&'a [f64]>,
+    /// `W[outputs, width]` of a projection that reads the normalised stream, with the gains of the norm in it; `None` where
+    /// no such projection reads it.
+    pub reader: &'a dyn Fn(Proj) -> Option<Vec<f32>>,
+    /// Seed for what is drawn, other for each place.
+    pub seed: u64,
+}
+
+/// An orthonormal basis.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Basis {
+    /// `[width, width]`: a row for each direction; the first ones stay where the stream is cut.
+    pub rows: Vec<f64>,
+    /// Share of the stream's squares along the directions behind the first `kept` of them, `lost[kept]`, `width + 1` numbers;
+    /// empty where the stream was not seen.
+    pub lost: Vec<f64>,
+}
+
+/// A method that gives the residual stream another basis before every norm, and may cut it there. Norms without gains do
+/// not see a rotation, so that a model whose matrices are rotated with it computes the same (SliceGPT, 2024).
+pub trait Rotator: Sync {
+    /// How many of `width` coordinates stay.
+    fn kept(&self, params: &Params, width: usize) -> usize;
+
+    /// The basis of a stream. Equal input gives equal bits.
+    ///
+    /// # Errors
+    /// As [`Compressor::compress`].
+    fn basis(&self, params: &Params, stream: &Stream<'_>) -> Result<Basis, MethodError>;
+}
+
 /// Where zeros may lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
@@ -221,15 +260,19 @@ pub trait Compressor: Sync {
         None
     }
 
-    /// Compresses one layer. Equal input gives equal bits, at any number of threads. Methods that drop whole neurons refuse.
+    /// How the residual stream gets other bases, for methods that do this instead of [`Compressor::compress`].
+    fn rotator(&self) -> Option<&dyn Rotator> {
+        None
+    }
+
+    /// Compresses one layer. Equal input gives equal bits, at any number of threads. Methods that change whole blocks refuse.
     ///
     /// # Errors
     /// Targets that cannot be met (with the nearest that can), weights that are not finite, a Gram matrix that cannot be
     /// factored; all name the layer.
     fn compress(&self, params: &Params, layer: &Layer<'_>) -> Result<Changed, MethodError> {
         let _ = params;
-        let reason =
-            "this method drops whole neurons and has no form for one matrix alone; use uniform or angular ratios";
+        let reason = "this method changes the matrices of a block together and has no form for one alone; use uniform or angular ratios";
         Err(MethodError::Layer { place: layer.place.into(), reason: reason.into() })
     }
 }

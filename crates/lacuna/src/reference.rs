@@ -97,8 +97,9 @@ impl Pass<'_> {
         if let Some(post) = &w.attn_post_norm {
             a = norm(self.spec, post, &a);
         }
-        let scale = self.block.residual_scale;
+        let (scale, shortcuts) = (self.block.residual_scale, w.shortcuts.as_ref());
         if !self.block.parallel {
+            shortcut(shortcuts.map(|s| &s.attn), x);
             axpy(scale, &a, x);
         }
         let h = norm(self.spec, &w.mlp_norm, x);
@@ -107,7 +108,10 @@ impl Pass<'_> {
             m = norm(self.spec, post, &m);
         }
         if self.block.parallel {
+            shortcut(shortcuts.map(|s| &s.attn), x);
             axpy(scale, &a, x);
+        } else {
+            shortcut(shortcuts.and_then(|s| s.mlp.as_ref()), x);
         }
         axpy(scale, &m, x);
         show(self.observer, Point::Output { layer: self.layer }, self.spec.width, x);
@@ -304,6 +308,13 @@ impl Pass<'_> {
     }
 }
 
+/// `x <- S x`, where the residual stream passes to another basis.
+fn shortcut(s: Option<&Linear>, x: &mut [f32]) {
+    if let Some(s) = s {
+        x.copy_from_slice(&linear(s, x));
+    }
+}
+
 /// Normalises rows as long as the gain: whole channels, or single heads for q/k norms.
 fn norm(spec: &Spec, w: &Norm, x: &[f32]) -> Vec<f32> {
     let n = w.gain.len();
@@ -313,7 +324,7 @@ fn norm(spec: &Spec, w: &Norm, x: &[f32]) -> Vec<f32> {
             let mean = row.iter().sum::<f32>() / n as f32;
             row.iter_mut().for_each(|v| *v -= mean);
         }
-        let scale = 1.0 / (dot(row, row) / n as f32 + spec.norm_eps).sqrt();
+        let scale = 1.0 / (dot(row, row) / w.over as f32 + spec.norm_eps).sqrt();
         for (i, v) in row.iter_mut().enumerate() {
             *v = *v * scale * w.gain[i] + w.bias.as_ref().map_or(0.0, |b| b[i]);
         }

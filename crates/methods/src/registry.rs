@@ -8,8 +8,8 @@ use crate::activations::{
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use crate::weights::{
     awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, gptvq::Gptvq, kmeans::Kmeans,
-    magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn, sparsegpt::SparseGpt,
-    spectral_sample::SpectralSample, wanda::Wanda,
+    magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn, slicegpt::SliceGpt, sparsegpt::SparseGpt,
+    spectral_sample::SpectralSample, wanda::Wanda, wina_rotation::WinaRotation,
 };
 use lacuna_core::{
     method::{Method, MethodError, Params},
@@ -52,6 +52,8 @@ pub static METHODS: &[&dyn Method] = &[
     &Chita,
     &SpectralSample,
     &Casp,
+    &SliceGpt,
+    &WinaRotation,
 ];
 
 /// A step with its method found and its parameters checked.

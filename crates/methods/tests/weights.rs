@@ -14,7 +14,7 @@ use lacuna_methods::registry::METHODS;
 
 /// Those that change one matrix at a time.
 fn methods() -> impl Iterator<Item = &'static &'static dyn Method> {
-    let whole = |m: &dyn Method| m.compressor().is_some_and(|c| c.neurons().is_some());
+    let whole = |m: &dyn Method| m.compressor().is_some_and(|c| c.neurons().is_some() || c.rotator().is_some());
     METHODS.iter().filter(move |m| m.site() == Site::Weights && !whole(**m))
 }
 

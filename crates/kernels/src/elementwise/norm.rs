@@ -12,6 +12,8 @@ struct Norm<'a> {
     bias: Option<&'a [f32]>,
     eps: f32,
     mean: bool,
+    /// What the sum of squares is divided by.
+    over: usize,
     out: &'a mut [f32],
 }
 
@@ -19,7 +21,7 @@ impl Twin for Norm<'_> {
     fn scalar(self) {
         let n = self.x.len() as f64;
         let mean = if self.mean { self.x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
-        let variance = self.x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+        let variance = self.x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / self.over as f64;
         let factor = 1.0 / (variance + f64::from(self.eps)).sqrt();
         for (i, o) in self.out.iter_mut().enumerate() {
             let y = (f64::from(self.x[i]) - mean) * factor * f64::from(self.gain[i]);
@@ -39,7 +41,7 @@ impl Kernel for Norm<'_> {
         unsafe {
             let zero = V::splat(0.0);
             let mean = if self.mean { sum::<V, false>(self.x, 0.0) / n as f32 } else { 0.0 };
-            let variance = sum::<V, true>(self.x, mean) / n as f32;
+            let variance = sum::<V, true>(self.x, mean) / self.over as f32;
             let factor = V::splat(1.0 / (variance + self.eps).sqrt());
             let mean = V::splat(mean);
             for i in (0..n).step_by(V::N) {
@@ -79,24 +81,26 @@ unsafe fn sum<V: Lanes, const SQUARE: bool>(x: &[f32], mean: f32) -> f32 {
 
 fn norm(isa: Isa, norm: Norm<'_>) {
     let n = norm.x.len();
+    assert!(norm.over > 0 || n == 0, "a mean over nothing");
     assert!(norm.gain.len() == n && norm.out.len() == n && norm.bias.is_none_or(|b| b.len() == n), "lengths of a row");
     dispatch(isa, norm);
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * gain` for one row (Zhang and Sennrich 2019).
+/// `out = x / sqrt(sum(x^2) / over + eps) * gain` for one row (Zhang and Sennrich 2019, where `over` is the length of a row).
+/// A row of which some coordinates were cut off keeps the `over` of the whole one (SliceGPT).
 ///
 /// # Panics
-/// If the lengths differ.
-pub fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
-    norm(isa::get(), Norm { x, gain, bias: None, eps, mean: false, out });
+/// If the lengths differ, or `over` is 0.
+pub fn rms_norm(x: &[f32], gain: &[f32], over: usize, eps: f32, out: &mut [f32]) {
+    norm(isa::get(), Norm { x, gain, bias: None, eps, mean: false, over, out });
 }
 
 /// [`rms_norm`] of every row of `gain.len()` numbers.
 ///
 /// # Panics
 /// If `x` and `out` are not the same whole number of rows.
-pub fn rms_norm_rows(pool: &Pool, x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
-    rows::map(pool, gain.len(), x, out, |x, out| rms_norm(x, gain, eps, out));
+pub fn rms_norm_rows(pool: &Pool, x: &[f32], gain: &[f32], over: usize, eps: f32, out: &mut [f32]) {
+    rows::map(pool, gain.len(), x, out, |x, out| rms_norm(x, gain, over, eps, out));
 }
 
 /// [`rms_norm`] in place.
@@ -115,7 +119,7 @@ pub fn rms_norm_in_place(x: &mut [f32], gain: &[f32], eps: f32) {
 /// # Panics
 /// If the lengths differ.
 pub fn layer_norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
-    norm(isa::get(), Norm { x, gain, bias, eps, mean: true, out });
+    norm(isa::get(), Norm { x, gain, bias, eps, mean: true, over: x.len(), out });
 }
 
 /// [`layer_norm`] of every row of `gain.len()` numbers.
@@ -143,7 +147,8 @@ mod tests {
                     for bias in [None, Some(&bias[..])] {
                         let run = |isa| {
                             let mut out = vec![f32::NAN; n];
-                            norm(isa, Norm { x: &x, gain: &gain, bias, eps: 1e-5, mean, out: &mut out });
+                            let over = if mean { n } else { n + n / 3 };
+                            norm(isa, Norm { x: &x, gain: &gain, bias, eps: 1e-5, mean, over, out: &mut out });
                             out
                         };
                         // One row's sums carry an error of some n/64 roundings; a row of one number is all eps.
@@ -164,10 +169,10 @@ mod tests {
         let mut out = vec![0.0; n * width];
         for threads in [1, 2] {
             let pool = Pool::new(threads);
-            rms_norm_rows(&pool, &x, &gain, 1e-6, &mut out);
+            rms_norm_rows(&pool, &x, &gain, width, 1e-6, &mut out);
             for (x, out) in x.chunks(width).zip(out.chunks(width)) {
                 let mut one = vec![0.0; width];
-                rms_norm(x, &gain, 1e-6, &mut one);
+                rms_norm(x, &gain, width, 1e-6, &mut one);
                 assert_eq!(one, out);
                 one.copy_from_slice(x);
                 rms_norm_in_place(&mut one, &gain, 1e-6);
@@ -181,12 +186,24 @@ mod tests {
     }
 
     #[test]
+    fn zeros_that_are_cut_off_change_nothing() {
+        let (mut x, gain) = (wave(96, 0.0), wave(96, 1.0));
+        x[70..].fill(0.0);
+        let (mut whole, mut cut) = (vec![0.0; 96], vec![0.0; 70]);
+        rms_norm(&x, &gain, 96, 1e-5, &mut whole);
+        rms_norm(&x[..70], &gain[..70], 96, 1e-5, &mut cut);
+        assert!(whole.iter().zip(&cut).all(|(a, b)| (a - b).abs() <= 2e-6 * (1.0 + b.abs())));
+        rms_norm(&x[..70], &gain[..70], 70, 1e-5, &mut cut);
+        assert!((whole[3] - cut[3]).abs() > 0.01 * cut[3].abs());
+    }
+
+    #[test]
     fn nan_stays() {
         for isa in isa::available() {
             let (mut x, gain) = (wave(40, 0.0), wave(40, 1.0));
             x[11] = f32::NAN;
             let mut out = vec![0.0; 40];
-            norm(isa, Norm { x: &x, gain: &gain, bias: None, eps: 1e-5, mean: false, out: &mut out });
+            norm(isa, Norm { x: &x, gain: &gain, bias: None, eps: 1e-5, mean: false, over: 40, out: &mut out });
             assert!(out.iter().all(|x| x.is_nan()), "{isa}");
         }
     }

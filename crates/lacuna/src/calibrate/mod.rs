@@ -292,6 +292,7 @@ mod tests {
             norm: crate::model::spec::NormKind::Rms,
             norm_eps: 1e-5,
             logit_scale: 1.0,
+            norm_width: None,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block.clone(), block],

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     model::{
         Model,
-        spec::Spec,
+        spec::{BlockSpec, Spec},
         weights::{Block, Linear},
     },
 };
@@ -40,7 +40,15 @@ impl Runner {
     /// # Errors
     /// As the engine's.
     pub fn new(model: &Model, layer: usize, block: Block, threads: usize) -> Result<Self> {
-        let spec = Spec { blocks: vec![model.spec.blocks[layer].clone()], ..model.spec.clone() };
+        Self::of(model, model.spec.blocks[layer].clone(), block, threads)
+    }
+
+    /// `block` alone, of the shape `spec`, with what is around the blocks of `model`.
+    ///
+    /// # Errors
+    /// As the engine's.
+    pub fn of(model: &Model, spec: BlockSpec, block: Block, threads: usize) -> Result<Self> {
+        let spec = Spec { blocks: vec![spec], ..model.spec.clone() };
         let one = Model { spec, blocks: vec![block], ..model.clone() };
         let options = Options { threads, kv: KvType::F32, ..Options::default() };
         Ok(Self { engine: Engine::new(Arc::new(one), options)? })

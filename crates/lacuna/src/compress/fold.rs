@@ -36,7 +36,8 @@ pub struct Norms<'a> {
 }
 
 impl Norms<'_> {
-    fn name(self, layer: usize, first: Proj, end: &str) -> Option<String> {
+    /// What its weight or bias (`end`) is called.
+    pub fn name(self, layer: usize, first: Proj, end: &str) -> Option<String> {
         let template = match first {
             Proj::Q => self.names.attn_norm,
             Proj::Gate | Proj::Up => self.names.mlp_norm,

@@ -17,6 +17,7 @@ mod lock;
 mod measure;
 mod neurons;
 mod output;
+mod rotate;
 mod search;
 mod soup;
 mod store;
@@ -58,6 +59,7 @@ use lacuna_core::{
 use lacuna_kernels::Format;
 use lacuna_methods::{registry::Resolved, weights::ratios::Ratios};
 use neurons::Narrowed;
+use rotate::Sliced;
 use serde::{Deserialize, Serialize};
 pub use soup::{SoupReport, soup};
 use std::{
@@ -203,6 +205,9 @@ pub fn compress(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Re
 }
 
 fn by_goal(request: &Request, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Report> {
+    if rotate::rotator(&request.steps).is_some() {
+        return rotate::run(request, progress);
+    }
     match &request.goal {
         Some(Goal::Divergence { most, held_out }) => search::by_divergence(request, *most, held_out, progress),
         _ => run(request, None, progress),
@@ -298,6 +303,8 @@ pub(crate) struct Plan<'a> {
     choices: Choices,
     /// The shape of the output, where it is another.
     narrowed: Option<Narrowed>,
+    /// The same, where its residual stream gets other bases.
+    sliced: Option<Sliced>,
 }
 
 impl<'a> Plan<'a> {
@@ -308,8 +315,9 @@ impl<'a> Plan<'a> {
         let prefix = prefix(&checkpoint.source, names);
         let homes = (0..spec.blocks.len()).map(|l| homes(names, prefix, &spec, l)).collect();
         let (grid, books) = rounding(&request.steps)?;
-        let plan =
-            Self { request, target, homes, names, spec, grid, books, choices: Choices::default(), narrowed: None };
+        let choices = Choices::default();
+        let (narrowed, sliced) = (None, None);
+        let plan = Self { request, target, homes, names, spec, grid, books, choices, narrowed, sliced };
         if books.is_some() && plan.in_blocks() {
             let (file, what) = (request.output.display().to_string(), "codes of pairs in a GGUF file".into());
             let remedy = "; write a directory, or use gptq, awq or rtn".into();
@@ -321,6 +329,7 @@ impl<'a> Plan<'a> {
             return Err(Error::Unsupported { file: checkpoint.source.file.clone(), what: what.into(), remedy });
         }
         plan.check_neurons()?;
+        plan.check_rotation()?;
         plan.check_text()?;
         plan.check_goal()?;
         output::check_place(&request.model, &request.output, target)?;
@@ -348,9 +357,10 @@ impl<'a> Plan<'a> {
 
     /// Where the projections of block `layer` lie in the output, and what the output computes.
     fn made(&self, layer: usize) -> (&[Home], &Spec) {
-        match &self.narrowed {
-            Some(narrowed) => (&narrowed.homes[layer], &narrowed.spec),
-            None => (&self.homes[layer], &self.spec),
+        match (&self.narrowed, &self.sliced) {
+            (Some(narrowed), _) => (&narrowed.homes[layer], &narrowed.spec),
+            (_, Some(sliced)) => (&sliced.homes[layer], &sliced.spec),
+            _ => (&self.homes[layer], &self.spec),
         }
     }
 
@@ -392,7 +402,10 @@ impl<'a> Plan<'a> {
     /// That there is a text where one is needed, and that it says enough.
     fn check_text(&self) -> Result<()> {
         let sight = if self.request.ratios.needs_text() { self.sight().max(Sight::Norms) } else { self.sight() };
-        let widest = self.homes.iter().flatten().map(|h| h.inputs).max().unwrap_or(0);
+        let widest = match rotate::rotator(&self.request.steps) {
+            Some(_) => self.spec.width,
+            None => self.homes.iter().flatten().map(|h| h.inputs).max().unwrap_or(0),
+        };
         let least = match sight {
             Sight::Nothing => return Ok(()),
             Sight::Norms => 128,
@@ -506,6 +519,7 @@ impl<'a> Plan<'a> {
         let spilled = if streams > self.request.streams_in_memory { streams } else { 0 };
         // What is packed lies beside the dense numbers.
         let after = after + if self.books.is_some() { before / 3 } else { 0 };
+        let after = after + self.sliced.as_ref().map_or(0, Sliced::added);
         let needed = all.saturating_sub(before) + 2 * after + spilled + (16 << 20);
         let path = &self.request.output;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -4,6 +4,7 @@ use super::{
     Plan, holds,
     homes::Home,
     lock,
+    rotate::{self, BASIS},
     store::beside,
     tensors::{PACKED, Target, block_format, stored_bits},
 };
@@ -182,6 +183,11 @@ fn configuration(plan: &Plan<'_>) -> Result<Vec<u8>> {
     let path = plan.request.model.join("config.json");
     let text = read_small(&path, lacuna_core::size::cap::CONFIG)?;
     let bad = |e: serde_json::Error| Error::config(&path.display().to_string(), "config.json", e.to_string());
+    if let Some(sliced) = &plan.sliced {
+        let mut config: Value = serde_json::from_slice(&text).map_err(bad)?;
+        rotate::configure(&mut config, plan, sliced);
+        return Ok(pretty(&config));
+    }
     if let Some(narrowed) = &plan.narrowed {
         let mut config: Value = serde_json::from_slice(&text).map_err(bad)?;
         let key = plan.names.inner;
@@ -237,12 +243,13 @@ fn all_tensors(plan: &Plan<'_>, source: &safetensors::Model, blocks: &[Tensors])
     let homes = plan.homes.iter().enumerate().flat_map(|(l, homes)| homes.iter().filter(move |h| made(l, h)));
     let replaced: BTreeSet<&str> = homes.map(|h| h.tensor.as_str()).collect();
     let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
-    for name in source.names().filter(|n| !replaced.contains(n)) {
+    let gone = |name: &str| plan.sliced.as_ref().is_some_and(|s| s.gone.contains(name));
+    for name in source.names().filter(|n| !replaced.contains(n) && !gone(n)) {
         let (entry, bytes) = source.require(name)?;
         all.insert(name.into(), (name.into(), entry.dtype, entry.shape.clone(), bytes));
     }
     for block in blocks {
-        for e in block.entries() {
+        for e in block.entries().iter().filter(|e| !e.name.starts_with(BASIS)) {
             all.insert(e.name.clone(), (e.name.clone(), e.dtype, e.shape.clone(), block.bytes(e)?));
         }
     }

@@ -8,15 +8,19 @@ use super::{
     store::beside,
     tensors::{Target, numbers},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    model::checkpoint::NORM_WIDTH,
+};
 use lacuna_core::{
     atomic::{replace_folder, write_atomically},
     bytes::Bytes,
     format::safetensors::{self, Entry, NewTensor},
-    map::LoadMode,
+    map::{LoadMode, read_small},
+    size::cap,
 };
 use lacuna_kernels::{Format, convert::decode_run};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -56,6 +60,13 @@ pub fn soup(models: &[PathBuf], output: &Path) -> Result<SoupReport> {
         return Err(wrong(problem));
     }
     models.iter().try_for_each(|m| check_place(m, output, Target::HuggingFace))?;
+    for model in models {
+        let config = read_small(model.join("config.json"), cap::CONFIG)?;
+        if serde_json::from_slice::<Value>(&config).is_ok_and(|c| c.get(NORM_WIDTH).is_some()) {
+            let problem = format!("{}: its residual stream has bases of its own, which have no mean", model.display());
+            return Err(wrong(problem + "; average models first, and turn the mean"));
+        }
+    }
     let all: Vec<safetensors::Model> =
         models.iter().map(|m| safetensors::Model::open(m, LoadMode::Map)).collect::<lacuna_core::error::Result<_>>()?;
     let kitchen = Kitchen { models, all: &all };

@@ -6,7 +6,7 @@ use lacuna_methods::registry;
 use std::{fs, io};
 
 /// The embedded model as a directory.
-fn embedded_model(dir: &Path) -> PathBuf {
+pub(super) fn embedded_model(dir: &Path) -> PathBuf {
     let model = dir.join("model");
     fs::create_dir_all(&model).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {

@@ -69,6 +69,8 @@ pub(super) struct Workspace {
     pub v: Vec<f32>,
     attended: Vec<f32>,
     pub latent: super::latent::LatentBuffers,
+    /// The residual stream in the next basis.
+    moved: Vec<f32>,
     /// Output of the attention, kept apart while the MLP of a parallel block runs.
     branch: Vec<f32>,
     /// Output of the MLP.
@@ -106,7 +108,7 @@ pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 /// Normalises rows of `norm.gain.len()` numbers.
 pub(super) fn normalise(pool: &Pool, spec: &Spec, norm: &Norm, x: &[f32], out: &mut [f32]) {
     match spec.norm {
-        NormKind::Rms => elementwise::rms_norm_rows(pool, x, &norm.gain, spec.norm_eps, out),
+        NormKind::Rms => elementwise::rms_norm_rows(pool, x, &norm.gain, norm.over, spec.norm_eps, out),
         NormKind::Layer => {
             elementwise::layer_norm_rows(pool, x, &norm.gain, norm.bias.as_deref(), spec.norm_eps, out);
         }
@@ -188,24 +190,49 @@ impl Forward<'_> {
             normalise(pool, spec, &weights.attn_norm, x, sized(h, n * width));
         }
         self.attention(layer, block, weights, n);
-        let Workspace { x, h, branch, up, .. } = &mut *self.ws;
+        let Workspace { branch, up, .. } = &mut *self.ws;
         if let Some(post) = &weights.attn_post_norm {
             normalise_in_place(pool, spec, post, branch, up);
         }
+        let shortcuts = weights.shortcuts.as_ref();
         if !block.parallel {
-            rows::add_scaled(pool, x, branch, width, block.residual_scale);
+            self.shortcut(shortcuts.map(|s| &s.attn), n);
+            rows::add_scaled(pool, &mut self.ws.x, &self.ws.branch, width, block.residual_scale);
         }
+        let Workspace { x, h, .. } = &mut *self.ws;
         normalise(pool, spec, &weights.mlp_norm, x, sized(h, n * width));
         self.mlp(layer, block, &weights.mlp, n);
-        let Workspace { x, y, branch, up, .. } = &mut *self.ws;
+        let Workspace { y, up, .. } = &mut *self.ws;
         if let Some(post) = &weights.mlp_post_norm {
             normalise_in_place(pool, spec, post, y, up);
         }
         if block.parallel {
-            rows::add_scaled(pool, x, branch, width, block.residual_scale);
+            self.shortcut(shortcuts.map(|s| &s.attn), n);
+            rows::add_scaled(pool, &mut self.ws.x, &self.ws.branch, width, block.residual_scale);
+        } else {
+            self.shortcut(shortcuts.and_then(|s| s.mlp.as_ref()), n);
         }
-        rows::add_scaled(pool, x, y, width, block.residual_scale);
+        rows::add_scaled(pool, &mut self.ws.x, &self.ws.y, width, block.residual_scale);
         show(self.observer, Point::Output { layer }, width, &self.ws.x);
+    }
+
+    /// Takes the residual stream of `n` tokens to its next basis, where it has one: `x <- S x`.
+    fn shortcut(&mut self, shortcut: Option<&Linear>, n: usize) {
+        let Some(linear) = shortcut else { return };
+        let pool = &self.shared.pool;
+        let Workspace { x, moved, linears, .. } = &mut *self.ws;
+        let mut parts = [(linear, sized(moved, n * linear.weight.outputs()))];
+        let bytes = linear.weight.bytes().len() as u64;
+        match self.mode {
+            Mode::Decode | Mode::Dense => linears.dense(pool, x, n, &mut parts),
+            Mode::Prefill | Mode::Masked => linears.prefill(pool, x, n, &mut parts),
+        }
+        self.counters.weight_bytes += match self.mode {
+            Mode::Decode | Mode::Dense => bytes,
+            Mode::Prefill => 0,
+            Mode::Masked => bytes * n as u64,
+        };
+        std::mem::swap(x, moved);
     }
 
     /// From the normalised `h` to `branch`.

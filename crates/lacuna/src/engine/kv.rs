@@ -296,6 +296,7 @@ mod tests {
             norm: NormKind::Rms,
             norm_eps: 1e-5,
             logit_scale: 1.0,
+            norm_width: None,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block.clone(), BlockSpec { kv_heads: 2, ..block }],

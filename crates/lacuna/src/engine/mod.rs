@@ -228,6 +228,7 @@ impl Engine {
             bytes += [&block.q, &block.k, &block.v, &block.o].map(weight_bytes).iter().sum::<u64>();
             let latent = block.latent.as_ref().and_then(|l| l.query.as_ref());
             bytes += latent.map_or(0, |(down, _)| weight_bytes(down));
+            bytes += block.shortcuts.as_ref().map_or(0, |s| s.bytes());
             bytes += match &block.mlp {
                 Mlp::Gated(gated) => gated_bytes(gated),
                 Mlp::Plain { up, down } => weight_bytes(up) + weight_bytes(down),

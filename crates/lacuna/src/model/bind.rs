@@ -1,9 +1,10 @@
 //! Puts the tensors of a source into their places in a [`Model`], with every shape checked against the spec.
 
+use super::checkpoint::NORM_WIDTH;
 use super::names::{Experts, GateUp, Names, Qkv, fill};
 use super::source::{Source, plain};
 use super::spec::{BlockSpec, MlpSpec, NormKind, Position, Spec};
-use super::weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, StoredPredictor};
+use super::weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, Shortcuts, StoredPredictor};
 use crate::error::{Error, Result};
 use lacuna_core::weight::{Orientation, Weight};
 use std::ops::Range;
@@ -31,7 +32,7 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
         }
     };
     let blocks = (0..spec.blocks.len()).map(|i| b.block(i)).collect::<Result<_>>()?;
-    let mut final_norm = b.norm(names.final_norm, &[], spec.width)?;
+    let mut final_norm = b.stream_norm(names.final_norm, &[])?;
     final_norm.gain.iter_mut().chain(final_norm.bias.iter_mut().flatten()).for_each(|g| *g *= spec.logit_scale);
     let head = match b.head(tied)? {
         Some(head) => head,
@@ -90,7 +91,31 @@ impl Binder<'_> {
             NormKind::Rms => None,
             NormKind::Layer => Some(self.source.vector(&self.name(template, numbers, "bias"), n)?),
         };
-        Ok(Norm { gain, bias })
+        Ok(Norm { gain, bias, over: n })
+    }
+
+    /// A norm of the residual stream.
+    fn stream_norm(&self, template: &str, numbers: &[usize]) -> Result<Norm> {
+        let width = self.spec.width;
+        Ok(Norm { over: self.spec.norm_width.unwrap_or(width), ..self.norm(template, numbers, width)? })
+    }
+
+    /// The shortcuts of block `i`, stored `[inputs, outputs]`, in a model whose residual stream has a basis in every block.
+    fn shortcuts(&self, i: usize) -> Result<Option<Shortcuts>> {
+        let width = self.spec.width;
+        let [attn, mlp] = self.names.shortcuts(i).map(|name| format!("{}{name}", self.prefix));
+        if self.spec.norm_width.is_none() {
+            // Without its shortcuts such a model would run, and say nonsense.
+            let problem = || format!("is missing, but there is a tensor `{attn}`; restore the configuration");
+            return if self.source.has(&attn) {
+                Err(Error::config(&self.source.file, NORM_WIDTH, problem()))
+            } else {
+                Ok(None)
+            };
+        }
+        let one = |name: &str| self.source.transposed(name, width, width, 0..width).map(plain);
+        let mlp = if self.spec.blocks[i].parallel { None } else { Some(one(&mlp)?) };
+        Ok(Some(Shortcuts { attn: one(&attn)?, mlp }))
     }
 
     fn optional_norm(&self, template: &str, i: usize, n: usize, needed: bool) -> Result<Option<Norm>> {
@@ -151,7 +176,7 @@ impl Binder<'_> {
         let ([q, k, v], latent) = self.attention(i, b)?;
         let post = |template: &str| self.optional_norm(template, i, width, !template.is_empty());
         Ok(Block {
-            attn_norm: self.norm(n.attn_norm, &[i], width)?,
+            attn_norm: self.stream_norm(n.attn_norm, &[i])?,
             q,
             k,
             v,
@@ -160,9 +185,10 @@ impl Binder<'_> {
             q_norm: self.optional_norm(n.q_norm, i, b.head_dim, n.qk_normed)?,
             k_norm: self.optional_norm(n.k_norm, i, b.head_dim, n.qk_normed)?,
             attn_post_norm: post(n.attn_post_norm)?,
-            mlp_norm: self.norm(n.mlp_norm, &[i], width)?,
+            mlp_norm: self.stream_norm(n.mlp_norm, &[i])?,
             mlp_post_norm: post(n.mlp_post_norm)?,
             mlp: self.mlp(i, &b.mlp)?,
+            shortcuts: self.shortcuts(i)?,
             predictor: self.predictor(i, &b.mlp)?,
         })
     }

@@ -1,13 +1,13 @@
 //! Opening a model: a Hugging Face directory or a GGUF file, parsed and understood, but not yet bound.
 
-use super::arch::{self};
+use super::arch::{self, Architecture};
 use super::bind::bind;
 use super::fields::Fields;
 use super::memory::{Demand, MemoryEstimate, tokenizer};
 use super::names::Names;
 use super::packed::{self, Scheme};
 use super::source::{Source, Stored};
-use super::spec::Spec;
+use super::spec::{NormKind, Spec};
 use super::validate::validate;
 use super::weights::Model;
 use crate::embedded;
@@ -23,6 +23,9 @@ use serde_json::Map;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// The setting of a directory whose residual stream was given a basis in every block and cut there: the width it had before.
+pub const NORM_WIDTH: &str = "lacuna_norm_width";
 
 /// How to load.
 #[derive(Clone, Debug, Default)]
@@ -167,7 +170,7 @@ fn understand(
     let fields = fields(&dir.join("config.json"), json, options.context)?;
     let arch = arch::of_config(&fields)?;
     let scheme = Scheme::of(&fields)?;
-    let spec = (arch.spec)(&fields)?;
+    let spec = rotated(&fields, arch)?;
     let files = files()?;
     let hash = files.hash(json);
     let source = source_of(dir, &files, scheme)?;
@@ -177,6 +180,19 @@ fn understand(
     });
     let (mode, check, tokenizer) = (options.mode, options.check_tensors, tokenizer(false, spec.vocab));
     Ok(Checkpoint { spec, source, names: arch.names, tied, hash, mode, check, packed: None, tokenizer })
+}
+
+/// What the architecture computes. Where the residual stream was cut, everything else follows from the width that it had
+/// before, and all norms are plain: others would depend on the basis.
+fn rotated(fields: &Fields, arch: &Architecture) -> Result<Spec> {
+    let Some(before) = fields.opt_count(NORM_WIDTH)? else { return (arch.spec)(fields) };
+    let width = fields.count(arch.names.width)?;
+    if width > before {
+        let problem = format!("is {before}, below the width {width} (`{}`) that was cut out of it", arch.names.width);
+        return Err(fields.wrong(NORM_WIDTH, problem));
+    }
+    let spec = (arch.spec)(&fields.with(arch.names.width, before))?;
+    Ok(Spec { width, norm_width: Some(before), norm: NormKind::Rms, ..spec })
 }
 
 /// The settings of a config.json, `file` in messages.

@@ -32,6 +32,14 @@ impl Fields {
         Some(Fields { file: self.file.clone(), context: self.context, map })
     }
 
+    /// The same settings with another value of one.
+    #[must_use]
+    pub fn with(&self, key: &str, value: usize) -> Fields {
+        let mut fields = self.clone();
+        fields.map.insert(key.into(), value.into());
+        fields
+    }
+
     /// The raw setting; null counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|v| !v.is_null())

@@ -27,6 +27,7 @@ pub static GPT2: Architecture = Architecture {
         mlp_norm: "h.{}.ln_2",
         up: "h.{}.mlp.c_fc",
         down: "h.{}.mlp.c_proj",
+        width: "n_embd",
         inner: "n_inner",
         transposed: true,
         biased: true,

@@ -175,8 +175,9 @@ fn scratch(checkpoint: &Checkpoint, demand: &Demand) -> u64 {
     [activations, packed, threads, logits].into_iter().fold(0, u64::saturating_add)
 }
 
-/// Numbers per token: residual stream, normalised input, results of attention and MLP; queries and attended values, keys
-/// and values, cosines and sines; gate and up; for experts the gathered inputs, the results and the scores; what latent attention has besides.
+/// Numbers per token: residual stream (twice where it passes from basis to basis), normalised input, results of attention
+/// and MLP; queries and attended values, keys and values, cosines and sines; gate and up; for experts the gathered inputs,
+/// the results and the scores; what latent attention has besides.
 fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
     let rotary: usize = spec.ropes.iter().map(|r| 2 * r.freqs.len()).sum();
     let experts = match b.mlp {
@@ -188,7 +189,8 @@ fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
     let expanded = |l: Latent| 2 * (l.q_rank.unwrap_or(0) + l.kv_rank + l.rope) + b.heads * (l.nope + l.value);
     let latent = b.latent.map_or(0, expanded);
     let up = inner(b).max(if b.rope.is_some() { b.heads * b.head_dim } else { 0 });
-    4 * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts + latent
+    let streams = 4 + usize::from(spec.norm_width.is_some());
+    streams * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts + latent
 }
 
 fn inner(b: &BlockSpec) -> usize {

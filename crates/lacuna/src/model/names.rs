@@ -119,6 +119,8 @@ pub struct Names {
     pub relu_experts: ReluExpertNames,
     /// Added to every stored gain (Gemma stores `gain - 1`).
     pub gain_offset: f32,
+    /// The setting that says how wide the residual stream is.
+    pub width: &'static str,
     /// The setting that says how many neurons an MLP has.
     pub inner: &'static str,
     /// Block matrices are stored `[inputs, outputs]` (GPT-2's Conv1D).
@@ -129,6 +131,15 @@ pub struct Names {
     pub qkv_biased: bool,
     /// Query and key heads must have their norms.
     pub qk_normed: bool,
+}
+
+impl Names {
+    /// The shortcuts of block `i` where the attention and where the MLP is added, named as SliceGPT's code names them
+    /// (TransformerCompression, `rotate.py`): `layers.3.attn_shortcut_Q`. They are stored `[inputs, outputs]`, for rows `x S`.
+    pub fn shortcuts(&self, i: usize) -> [String; 2] {
+        let block = self.attn_norm.find("{}").map_or("", |at| &self.attn_norm[..at]);
+        ["attn", "mlp"].map(|part| format!("{block}{i}.{part}_shortcut_Q"))
+    }
 }
 
 /// Names of the llama family in Hugging Face checkpoints; others change what differs.
@@ -156,6 +167,7 @@ pub const LLAMA: Names = Names {
     latent: NO_LATENT,
     relu_experts: NO_RELU_EXPERTS,
     gain_offset: 0.0,
+    width: "hidden_size",
     inner: "intermediate_size",
     transposed: false,
     biased: false,
@@ -189,6 +201,7 @@ pub const GGUF: Names = Names {
     latent: NO_LATENT,
     relu_experts: NO_RELU_EXPERTS,
     gain_offset: 0.0,
+    width: "embedding_length",
     inner: "feed_forward_length",
     transposed: false,
     biased: false,

@@ -108,6 +108,7 @@ impl Shape {
             norm: NormKind::Rms,
             norm_eps,
             logit_scale: 1.0,
+            norm_width: None,
             logit_cap: None,
             predictor_threshold: 0.0,
             blocks: vec![block; self.layers],

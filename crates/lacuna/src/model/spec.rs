@@ -170,6 +170,10 @@ pub struct Spec {
     pub norm_eps: f32,
     /// Factor on the output of the last norm, which loading puts into its gains (MiniCPM: `dim_model_base / width`), usually 1.
     pub logit_scale: f32,
+    /// The width that the model had before its residual stream was given another basis in every block and cut there: norms
+    /// of the stream divide by it, `rms^2 = sum(x_i^2) / norm_width`, and every block has its shortcuts
+    /// ([`Shortcuts`](super::weights::Shortcuts)). `None` in models that were not cut.
+    pub norm_width: Option<usize>,
     /// Logits become `cap * tanh(logit / cap)` (Gemma 2).
     pub logit_cap: Option<f32>,
     /// The score from which predictors that came with the model call a neuron active.

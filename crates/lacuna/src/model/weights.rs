@@ -20,6 +20,8 @@ pub struct Norm {
     pub gain: Vec<f32>,
     /// One per channel, layer norm only.
     pub bias: Option<Vec<f32>>,
+    /// What the sum of squares is divided by: the number of channels, or the width before the residual stream was cut.
+    pub over: usize,
 }
 
 /// A gated MLP, or one expert.
@@ -81,6 +83,16 @@ pub struct LatentWeights {
     pub kv_norm: Norm,
 }
 
+/// How a residual stream passes from one basis to the next: `x <- S x + branch` in the place of `x <- x + branch`, for the
+/// branch of the attention and for that of the MLP (SliceGPT, 2024). A parallel block adds both branches at once and has one.
+#[derive(Clone, Debug)]
+pub struct Shortcuts {
+    /// `[width, width]`, where the attention's output is added; in a parallel block, where both are.
+    pub attn: Linear,
+    /// `[width, width]`, where the MLP's output is added.
+    pub mlp: Option<Linear>,
+}
+
 /// The weights of one block.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -110,6 +122,8 @@ pub struct Block {
     pub mlp_post_norm: Option<Norm>,
     /// The MLP.
     pub mlp: Mlp,
+    /// Where the residual stream has a basis of its own in every block ([`Spec::norm_width`]).
+    pub shortcuts: Option<Shortcuts>,
     /// The predictor of active neurons that came with it.
     pub predictor: Option<StoredPredictor>,
 }
@@ -143,6 +157,13 @@ pub struct Model {
     pub hash: String,
     /// Lacuna's own forms of some matrices of the blocks, named by their places (`layers.3.mlp.down`): the same numbers.
     pub packed: Option<Arc<PackedFile>>,
+}
+
+impl Shortcuts {
+    /// Bytes of the matrices.
+    pub fn bytes(&self) -> u64 {
+        [Some(&self.attn), self.mlp.as_ref()].into_iter().flatten().map(|l| l.weight.bytes().len() as u64).sum()
+    }
 }
 
 impl Block {

@@ -85,7 +85,7 @@ impl Maker {
     }
 
     fn norm(&mut self) -> Norm {
-        Norm { gain: self.gains(WIDTH), bias: self.kind.classic.then(|| self.stream.values(WIDTH, 0.1)) }
+        Norm { gain: self.gains(WIDTH), bias: self.kind.classic.then(|| self.stream.values(WIDTH, 0.1)), over: WIDTH }
     }
 
     fn gains(&mut self, n: usize) -> Vec<f32> {
@@ -98,7 +98,7 @@ impl Maker {
         let [q, k] = [self.linear(64, 32), self.linear(l.kv_rank + l.rope, WIDTH)];
         let [v, o] = [self.linear(4 * (l.nope + l.value), l.kv_rank), self.linear(WIDTH, 4 * l.value)];
         let down = self.linear(32, WIDTH);
-        let norms = [self.gains(32), self.gains(l.kv_rank)].map(|gain| Norm { gain, bias: None });
+        let norms = [self.gains(32), self.gains(l.kv_rank)].map(|gain| Norm { over: gain.len(), gain, bias: None });
         let [q_norm, kv_norm] = norms;
         ([q, k, v, o], LatentWeights { query: Some((down, q_norm)), kv_norm })
     }
@@ -146,6 +146,7 @@ impl Maker {
             mlp_norm: self.norm(),
             mlp_post_norm: None,
             mlp: self.mlp(),
+            shortcuts: None,
             predictor: None,
         }
     }
@@ -188,6 +189,7 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         norm: if kind.classic { NormKind::Layer } else { NormKind::Rms },
         norm_eps: 1e-5,
         logit_scale: 1.0,
+        norm_width: None,
         logit_cap: None,
         predictor_threshold: 0.0,
         blocks: vec![block; LAYERS],

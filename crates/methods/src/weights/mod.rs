@@ -12,9 +12,11 @@ pub mod magnitude;
 pub mod patch;
 pub mod random;
 pub mod rtn;
+pub mod slicegpt;
 pub mod sparsegpt;
 pub mod spectral_sample;
 pub mod wanda;
+pub mod wina_rotation;
 
 pub mod ratios;
 mod tools;

@@ -12,7 +12,7 @@ mod tensors;
 
 use super::{
     arch::{self, GgufSide},
-    checkpoint::{Checkpoint, LoadOptions},
+    checkpoint::{Checkpoint, LoadOptions, NORM_WIDTH},
     fields::Fields,
     source::Source,
 };
@@ -100,6 +100,10 @@ fn understand(dir: &Path) -> Result<(Fields, &'static GgufSide)> {
     let json = read_small(&file, cap::CONFIG)?;
     let fields = super::checkpoint::fields(&file, &json, None)?;
     let found = arch::of_config(&fields)?;
+    if fields.get(NORM_WIDTH).is_some() {
+        let what = format!("a residual stream with other bases (`{NORM_WIDTH}`) in a GGUF file");
+        return Err(fields.unsupported(what, "; use the directory, or start from the original model"));
+    }
     let side = arch::gguf_side(found).ok_or_else(|| {
         let able: Vec<&str> =
             arch::ARCHITECTURES.iter().filter(|a| arch::gguf_side(a).is_some()).map(|a| a.name).collect();

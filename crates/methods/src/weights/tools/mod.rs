@@ -1,5 +1,6 @@
 //! What the methods here share: which scores stay, grids of codes, the factor of a Gram matrix, the column sweep.
 
+pub mod eigen;
 pub mod factor;
 pub mod grid;
 pub mod pairs;
