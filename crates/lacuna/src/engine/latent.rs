@@ -50,7 +50,7 @@ impl Forward<'_> {
                 let parts = [(Proj::Q, q_down, &mut *queries), (Proj::K, &weights.k, &mut *down)];
                 project(&place, linears, self.counters, (h, n), parts);
                 let normal = sized(normal_queries, n * rank);
-                elementwise::rms_norm_rows(pool, queries, &gain.gain, l.eps, normal);
+                elementwise::rms_norm_rows(pool, queries, &gain.gain, gain.over, l.eps, normal);
                 project(&place, linears, self.counters, (normal, n), [(Proj::Q, &weights.q, &mut *q)]);
             }
             _ => {
@@ -63,7 +63,7 @@ impl Forward<'_> {
             to.copy_from_slice(&from[..l.kv_rank]);
         }
         let normal = sized(normal, n * l.kv_rank);
-        elementwise::rms_norm_rows(pool, compressed, &latent.kv_norm.gain, l.eps, normal);
+        elementwise::rms_norm_rows(pool, compressed, &latent.kv_norm.gain, latent.kv_norm.over, l.eps, normal);
         let expanded = sized(expanded, n * block.heads * (l.nope + l.value));
         project(&place, linears, self.counters, (normal, n), [(Proj::V, &weights.v, &mut *expanded)]);
         for buffer in [k, v] {

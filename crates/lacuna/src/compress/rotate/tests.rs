@@ -52,8 +52,19 @@ fn made(name: &str, spec: &str, dir: &Path) -> (PathBuf, Report) {
 #[test]
 fn nothing_cut_is_the_same_function_in_any_basis() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["llama2", "llama3", "mistral", "phi3", "qwen2", "qwen3", "gpt2", "opt", "gpt-neox", "gpt-neox-serial", "minicpm"]
-    {
+    for name in [
+        "llama2",
+        "llama3",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "opt",
+        "gpt-neox",
+        "gpt-neox-serial",
+        "minicpm",
+    ] {
         // In F32, so that nothing is rounded.
         let wide = dir.path().join(name);
         rewritten(&fixture(name), &wide, |_, dtype, _, _| *dtype = Dtype::F32);
