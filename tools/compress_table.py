@@ -6,10 +6,13 @@
 For every model and every line of flags it compresses into a folder that is removed again, scores the result against the model on
 the test text (`eval kld`), and prints a row. Bytes are those of all weights in the form that Lacuna reads: bitmaps where zeros
 make them smaller (computed from the counts of zeros in the lock), blocks for codes, the container for books. CPU time is user
-time of `compress` alone. At the end it says, by model, in which order the methods of a kind stand, and for every result with
+time of `compress` alone. With --speed N every result is timed against the model in N runs of `bench` (each has both, one after the
+other, `--new` tokens on `--threads` threads): tokens per second, and how much faster than the model, medians over the runs.
+Models of some MB lie in the caches, so these say what arithmetic costs and little of what bytes save; on a busy machine only
+the ratios are worth something. At the end it says, by model, in which order the methods of a kind stand, and for every result with
 zeros the best one without in as many bytes or fewer.
 """
-import argparse, json, os, pathlib, resource, subprocess, sys, tempfile
+import argparse, json, os, pathlib, resource, statistics, subprocess, sys, tempfile
 
 SPECS = """magnitude --sparsity 0.5
 wanda --sparsity 0.5
@@ -23,11 +26,12 @@ rtn --bits 3
 gptq --bits 3
 gptvq --bits 3
 kmeans --bits 3
+jlcm --bits 3
 gptq --bits 2
 gptvq --bits 2"""
 
 ORDERS = [["sparsegpt --sparsity 0.5", "wanda --sparsity 0.5", "magnitude --sparsity 0.5"], ["gptq --bits 4", "rtn --bits 4"],
-          ["gptq --bits 3", "rtn --bits 3"], ["gptvq --bits 3", "kmeans --bits 3"]]
+          ["gptq --bits 3", "rtn --bits 3"], ["gptvq --bits 3", "kmeans --bits 3"], ["jlcm --bits 3", "kmeans --bits 3"]]
 
 
 def run(command):
@@ -37,12 +41,23 @@ def run(command):
     return done, seconds
 
 
-def read_bytes(layer, books):
+def packed(directory):
+    """Bytes of the pieces of a container, by the places of their matrices."""
+    path = pathlib.Path(directory, "model.lacuna")
+    if not path.exists():
+        return {}
+    with open(path, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    return {n: t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if n != "__metadata__"}
+
+
+def read_bytes(layer, pieces):
     """Bytes of one matrix in the smallest form that Lacuna reads it in."""
     n, zeros, bits = layer["outputs"] * layer["inputs"], layer["zeros"], layer["bits"]
     kept = n - zeros
-    if books:
-        return layer["bytes"][1]
+    own = pieces.get(f"layers.{layer['layer']}.{layer['proj']}")
+    if own is not None:
+        return min(own, layer["bytes"][0])
     if bits is None:
         return min(layer["bytes"][1], n / 8 + layer["bytes"][1] / n * kept)
     if bits <= 4:
@@ -60,6 +75,19 @@ def weights(directory):
     return total
 
 
+def speeds(a, model, out):
+    """Tokens per second, and those over the model's: medians of runs that have both."""
+    found = []
+    for _ in range(a.speed):
+        command = [a.ours, "bench", "-m", f"{model},{out}", "-p", "0", "-n", str(a.new), "-r", "3", "-t", str(a.threads), "-o", "json", "--no-probe"]
+        done, _ = run(command)
+        if done.returncode:
+            return None
+        base, own = [r["avg_ts"] for r in json.loads(done.stdout)]
+        found.append((own, own / base))
+    return [statistics.median(f[i] for f in found) for i in range(2)]
+
+
 def row(a, model, spec):
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "out")
@@ -68,9 +96,9 @@ def row(a, model, spec):
         if done.returncode:
             return None, (done.stderr.strip().splitlines() or ["failed"])[-1]
         lock = json.load(open(os.path.join(out, "lacuna.lock.json")))
-        books = os.path.exists(os.path.join(out, "model.lacuna"))
+        pieces = packed(out)
         fixed = weights(model) - sum(l["bytes"][0] for l in lock["layers"])
-        size = fixed + sum(read_bytes(l, books) for l in lock["layers"])
+        size = fixed + sum(read_bytes(l, pieces) for l in lock["layers"])
         if "lacuna_norm_width" in json.load(open(os.path.join(out, "config.json"))):
             # Shortcuts and a head of their own come on top of the matrices.
             size = weights(out)
@@ -78,9 +106,10 @@ def row(a, model, spec):
         if done.returncode:
             return None, (done.stderr.strip().splitlines() or ["failed"])[-1]
         result = json.loads(done.stdout)
+        speed = speeds(a, model, out) if a.speed else None
         sparse = any(2 * l["dropped"] > 0 for l in lock["layers"])
         return {"spec": spec, "bytes": round(size), "bits": result["test"]["bits_per_byte"], "base": result["base"]["bits_per_byte"],
-                "kl": result["kld_mean"], "top": result["same_top"], "seconds": seconds, "sparse": sparse}, None
+                "kl": result["kld_mean"], "top": result["same_top"], "seconds": seconds, "sparse": sparse, "speed": speed}, None
 
 
 def main():
@@ -92,19 +121,25 @@ def main():
     ap.add_argument("--specs", default=SPECS.replace("\n", ";"))
     ap.add_argument("--tokens", type=int, default=16384)
     ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--speed", type=int, default=0, metavar="N", help="runs of bench per result; 0: none")
+    ap.add_argument("--new", type=int, default=128, help="tokens per test of bench")
     a = ap.parse_args()
     for model in a.models.split(","):
         rows = []
         name = pathlib.Path(model).name
         print(f"\n{name}: {weights(model):,} bytes", flush=True)
-        print("| method | bytes read | bits/byte | KL | same top-1 | CPU time |\n|---|---:|---:|---:|---:|---:|", flush=True)
+        more = [" tokens/s | x dense |", "---:|---:|"] if a.speed else ["", ""]
+        print(f"| method | bytes read | bits/byte | KL | same top-1 | CPU time |{more[0]}\n|---|---:|---:|---:|---:|---:|{more[1]}", flush=True)
         for spec in a.specs.split(";"):
             found, problem = row(a, model, spec.strip())
             if not found:
                 print(f"| `{spec}` | {problem} | | | | |", flush=True)
                 continue
             rows.append(found)
-            print(f"| `{spec}` | {found['bytes']:,} | {found['bits']:.4f} | {found['kl']:.4f} | {100 * found['top']:.1f} % | {found['seconds']:.1f} s |", flush=True)
+            timed = " - | - |" if a.speed else ""
+            if found["speed"]:
+                timed = f" {found['speed'][0]:.0f} | {found['speed'][1]:.2f} |"
+            print(f"| `{spec}` | {found['bytes']:,} | {found['bits']:.4f} | {found['kl']:.4f} | {100 * found['top']:.1f} % | {found['seconds']:.1f} s |" + timed, flush=True)
         if rows:
             print(f"without compression: {rows[0]['base']:.4f} bits/byte")
         by = {r["spec"]: r for r in rows}

@@ -92,7 +92,7 @@ pub struct Books {
 /// What became of a layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Changed {
-    /// The new `W[outputs, inputs]`; with codes or books, exactly what they stand for.
+    /// The new `W[outputs, inputs]`; with codes or books, exactly what they stand for; of low rank, the product.
     pub weight: Vec<f32>,
     /// Which entries are kept, if any were dropped by this step or an earlier one.
     pub kept: Option<Vec<bool>>,
@@ -100,8 +100,21 @@ pub struct Changed {
     pub codes: Option<Codes>,
     /// The weight in pairs and books, if it was quantised that way.
     pub books: Option<Books>,
+    /// The two matrices whose product the weight is, if it has a low rank; a step that rounds then rounds those.
+    pub low_rank: Option<Box<LowRank>>,
     /// What a user should know.
     pub notes: Vec<String>,
+}
+
+/// `W = A B` with fewer numbers than `W`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LowRank {
+    /// Rows of `B`.
+    pub rank: usize,
+    /// `B[rank, inputs]`.
+    pub down: Changed,
+    /// `A[outputs, rank]`.
+    pub up: Changed,
 }
 
 /// The MLP of a block whose neurons are to be dropped whole: rows of gate and up, columns of down.
@@ -253,6 +266,13 @@ pub trait Compressor: Sync {
     /// by default all blocks count alike.
     fn weighs_blocks(&self) -> bool {
         false
+    }
+
+    /// The numbers of the neurons of an MLP in the order in which its block is to be compressed and stored: rows of gate and up,
+    /// columns of down. By default as they are. Not asked for where they cannot be moved.
+    fn order(&self, params: &Params, mlp: &Neurons<'_>) -> Option<Vec<usize>> {
+        let _ = (params, mlp);
+        None
     }
 
     /// How whole neurons are dropped, for methods that do this instead of [`Compressor::compress`].

@@ -14,6 +14,7 @@ pub mod histogram;
 pub mod map;
 pub mod method;
 pub mod observer;
+pub mod pair;
 pub mod plan;
 pub mod recipe;
 pub mod site;

@@ -1,6 +1,6 @@
 //! Stored weights: a matrix with a format, an orientation, and the bytes that hold it.
 
-use crate::bytes::Bytes;
+use crate::{bytes::Bytes, pair};
 use lacuna_kernels::{
     Format, Matrix,
     axpy::{Columns, groups::Groups},
@@ -8,6 +8,7 @@ use lacuna_kernels::{
     codebook::{self, Codebook},
     gemm::Weights,
 };
+use std::sync::Arc;
 
 /// Which axis of `W[out, in]` is contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +25,9 @@ pub enum Orientation {
     /// One run of codes of pairs per output: dot form ([`lacuna_kernels::codebook`]). The format is that of the numbers
     /// they stand for, [`lacuna_kernels::codebook::DENSE`].
     Codebook,
+    /// The product of two smaller matrices ([`crate::pair`]), computed one after the other. The format is that of the one
+    /// that reads the inputs.
+    LowRank,
 }
 
 impl Orientation {
@@ -35,6 +39,7 @@ impl Orientation {
             Self::InputGroups => "input-groups",
             Self::Bitmap => "bitmap",
             Self::Codebook => "codebook",
+            Self::LowRank => "low-rank",
         }
     }
 }
@@ -47,11 +52,14 @@ pub struct Weight {
     outputs: usize,
     inputs: usize,
     bytes: Bytes,
+    /// `B`, then `A` of a product.
+    factors: Option<Arc<[Weight; 2]>>,
 }
 
 impl Weight {
     /// A weight over `bytes`; `None` if their length does not fit the shape.
     pub fn new(format: Format, orientation: Orientation, outputs: usize, inputs: usize, bytes: Bytes) -> Option<Self> {
+        let mut factors = None;
         match orientation {
             Orientation::OutputMajor => drop(Matrix::new(format, outputs, inputs, &bytes)?),
             Orientation::InputMajor => drop(Matrix::new(format, inputs, outputs, &bytes)?),
@@ -59,26 +67,39 @@ impl Weight {
             Orientation::Bitmap => drop(Bitmap::new(format, outputs, inputs, &bytes)?),
             Orientation::Codebook if format != codebook::DENSE => return None,
             Orientation::Codebook => drop(Codebook::new(outputs, inputs, &bytes)?),
+            Orientation::LowRank => {
+                let both = pair::parse(outputs, inputs, &bytes).filter(|f| f[0].format == format)?;
+                factors = Some(Arc::new(both));
+            }
         }
-        Some(Self { format, orientation, outputs, inputs, bytes })
+        Some(Self { format, orientation, outputs, inputs, bytes, factors })
     }
 
     /// The runs, which is how model files hold weights.
     ///
     /// # Panics
-    /// For [`Orientation::InputGroups`], [`Orientation::Bitmap`] and [`Orientation::Codebook`], which only copies have.
+    /// For [`Orientation::InputGroups`], [`Orientation::Bitmap`], [`Orientation::Codebook`] and [`Orientation::LowRank`],
+    /// which only copies have.
     pub fn matrix(&self) -> Matrix<'_> {
         let (rows, cols) = match self.orientation {
             Orientation::OutputMajor => (self.outputs, self.inputs),
             Orientation::InputMajor => (self.inputs, self.outputs),
-            Orientation::InputGroups | Orientation::Bitmap | Orientation::Codebook => {
+            Orientation::InputGroups | Orientation::Bitmap | Orientation::Codebook | Orientation::LowRank => {
                 panic!("a converted weight has no runs")
             }
         };
         Matrix::new(self.format, rows, cols, &self.bytes).expect("checked when the weight was made")
     }
 
+    /// The two matrices of a product `W = A B`: `B`, which reads the inputs, then `A`. `None` for any other weight.
+    pub fn factors(&self) -> Option<&[Weight; 2]> {
+        self.factors.as_deref()
+    }
+
     /// The form that matrix products take.
+    ///
+    /// # Panics
+    /// For [`Orientation::LowRank`], which is two products.
     pub fn product(&self) -> Weights<'_> {
         match self.orientation {
             Orientation::OutputMajor => Weights::OutputMajor(self.matrix()),
@@ -86,6 +107,7 @@ impl Weight {
             Orientation::InputGroups => Weights::Groups(self.groups()),
             Orientation::Bitmap => Weights::Bitmap(self.bitmap()),
             Orientation::Codebook => Weights::Codebook(self.codebook()),
+            Orientation::LowRank => panic!("a weight of low rank is two products"),
         }
     }
 
@@ -97,7 +119,7 @@ impl Weight {
         match self.orientation {
             Orientation::InputGroups => Columns::Groups(self.groups()),
             Orientation::InputMajor => Columns::Runs(self.matrix()),
-            Orientation::OutputMajor | Orientation::Bitmap | Orientation::Codebook => {
+            Orientation::OutputMajor | Orientation::Bitmap | Orientation::Codebook | Orientation::LowRank => {
                 panic!("a weight by outputs has no columns")
             }
         }

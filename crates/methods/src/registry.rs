@@ -7,7 +7,7 @@ use crate::activations::{
 };
 use crate::decoding::{self_speculation::SelfSpeculation, sirius::Sirius, token_recycling::TokenRecycling};
 use crate::weights::{
-    awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, gptvq::Gptvq, kmeans::Kmeans,
+    awq::Awq, casp::Casp, cfsp::Cfsp, chita::Chita, gpfq::Gpfq, gptq::Gptq, gptvq::Gptvq, jlcm::Jlcm, kmeans::Kmeans,
     magnitude::Magnitude, patch::Patch, random::Random, rtn::Rtn, slicegpt::SliceGpt, sparsegpt::SparseGpt,
     spectral_sample::SpectralSample, wanda::Wanda, wina_rotation::WinaRotation,
 };
@@ -45,6 +45,7 @@ pub static METHODS: &[&dyn Method] = &[
     &Gptq,
     &Gptvq,
     &Kmeans,
+    &Jlcm,
     &Gpfq,
     &Awq,
     &Patch,

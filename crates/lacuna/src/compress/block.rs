@@ -6,7 +6,7 @@ use super::{
     fold::{self, Norms},
     gram::Gather,
     hidden::Hidden,
-    neurons,
+    low_rank, neurons,
     store::Finished,
 };
 use crate::{
@@ -122,6 +122,8 @@ pub struct Task<'a> {
     pub threads: usize,
     /// Whether dropped neurons leave smaller matrices.
     pub narrow: bool,
+    /// Projections that may be stored as two factors.
+    pub pairs: Vec<Proj>,
 }
 
 /// What became of a block.
@@ -153,9 +155,10 @@ impl Task<'_> {
             return self.neurons(step, hidden, done);
         }
         let shape = &layer_shapes(&self.model.spec)[self.layer];
-        let mut block = self.model.blocks[self.layer].clone();
-        let mut runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
-        let mut out = Compressed::default();
+        let mut runner = Runner::new(self.model, self.layer, self.model.blocks[self.layer].clone(), self.threads)?;
+        let (mut block, beside) = self.ordered(runner.pool());
+        runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
+        let mut out = Compressed { beside, ..Compressed::default() };
         let mut groups = groups(shape);
         // Experts are not reached.
         groups.retain(|g| block.linear(g[0]).is_some());
@@ -237,7 +240,8 @@ impl Task<'_> {
         let place = place(self.layer, proj);
         let dense = decoded(&linear.weight);
         let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
-        let mut now = Changed { weight: dense.clone(), kept: None, codes: None, books: None, notes: Vec::new() };
+        let mut now =
+            Changed { weight: dense.clone(), kept: None, codes: None, books: None, low_rank: None, notes: Vec::new() };
         for step in self.steps {
             let Some(step) = chosen(step, choice)? else { continue };
             let Some(compressor) = step.method.compressor().filter(|c| c.applies(proj)) else { continue };
@@ -254,7 +258,16 @@ impl Task<'_> {
                     .wrapping_add(((self.layer as u64) << 8 | proj as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
                 pool,
             };
-            let next = compressor.compress(&step.params, &layer)?;
+            let rounds = step.has("bits") && !step.has("sparsity");
+            let of_factors = match now.low_rank.as_ref().filter(|_| rounds) {
+                Some(pair) => low_rank::round(&step, compressor, &layer, pair)?,
+                None => None,
+            };
+            let mut next = match of_factors {
+                Some(next) => next,
+                None => compressor.compress(&step.params, &layer)?,
+            };
+            next.low_rank = next.low_rank.filter(|_| self.pairs.contains(&proj));
             let notes = now.notes.into_iter().chain(next.notes).collect();
             now = Changed { notes, ..next };
         }
@@ -263,6 +276,7 @@ impl Task<'_> {
                 format!("the new weight at row {}, column {} is {}", bad / inputs, bad % inputs, now.weight[bad]);
             return Err(Error::Method(MethodError::Layer { place, reason }));
         }
+        now = low_rank::stored(pool, now, inputs, linear.weight.format());
         // Books stand for numbers that every float format holds.
         if now.codes.is_none() && now.books.is_none() {
             now.weight = rounded(&now.weight, linear.weight.format());
@@ -278,7 +292,12 @@ impl Task<'_> {
             inputs,
             dropped: dropped as u64,
             zeros: now.weight.iter().filter(|w| **w == 0.0).count() as u64,
-            bits: now.codes.as_ref().map(|c| c.bits).or(now.books.as_ref().map(|b| b.bits)),
+            bits: now
+                .codes
+                .as_ref()
+                .map(|c| c.bits)
+                .or(now.books.as_ref().map(|b| b.bits))
+                .or(now.low_rank.as_deref().and_then(low_rank::bits)),
             bytes: (0, 0),
             weight_error: relative(&dense, &now.weight, None, inputs),
             output_error: seen.map(|s| output_error(pool, s, &dense, &now.weight, inputs)),

@@ -4,7 +4,7 @@ use super::{
     Goal, Plan, Progress, dense_bytes,
     homes::Home,
     influence,
-    measure::measure,
+    measure::{Tried, measure},
     tensors::{Target, block_format, stored_bits},
 };
 use crate::{
@@ -116,6 +116,11 @@ impl Plan<'_> {
             self.choose_bits(&curves, budget, &mut choices)?;
         }
         Ok(choices)
+    }
+
+    /// Whether a step rounds, to a grid or to books.
+    pub(super) fn rounds(&self) -> bool {
+        self.grid.is_some() || self.books.is_some()
     }
 
     /// The step that drops a share, if one does.
@@ -236,10 +241,10 @@ impl Plan<'_> {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<BTreeMap<String, Vec<(f64, f64)>>> {
         // What dropping costs is wanted, not what rounding costs.
-        let bits = self.grid.map(|_| UNROUNDED);
+        let bits = self.rounds().then_some(UNROUNDED);
         let tried: Vec<Choice> = tried.iter().map(|s| Choice { share: Some(*s), bits }).collect();
         let errors = measure(self, (model, source), spill, progress, &|_, _| tried.clone())?;
-        let pairs = |e: Vec<f64>| tried.iter().zip(e).map(|(c, e)| (c.share.unwrap_or(0.0), e)).collect();
+        let pairs = |e: Vec<Tried>| tried.iter().zip(e).map(|(c, e)| (c.share.unwrap_or(0.0), e.error)).collect();
         Ok(errors.into_iter().map(|(place, e)| (place, pairs(e))).collect())
     }
 
@@ -272,7 +277,9 @@ impl Plan<'_> {
             2 if self.in_blocks() => false,
             bits => step.is_some_and(|s| s.with("bits", f64::from(*bits)).is_ok()),
         };
-        let bits: Vec<u32> = [2, 4, 8, UNROUNDED].into_iter().filter(able).collect();
+        // Books have 2 to 4 bits; codes of a grid take 2, 4 or 8 in a file.
+        let sizes = if self.books.is_some() { [2, 3, 4, UNROUNDED] } else { [2, 4, 8, UNROUNDED] };
+        let bits: Vec<u32> = sizes.into_iter().filter(able).collect();
         let tried = |layer, proj| bits.iter().map(|b| Choice { bits: Some(*b), ..choices.get(layer, proj) }).collect();
         let errors = measure(self, (model, source), spill, progress, &tried)?;
         let by_blocks = |s: &Resolved| s.method.compressor().is_some_and(|c| c.weighs_blocks());
@@ -282,9 +289,15 @@ impl Plan<'_> {
         };
         let point = |layer: usize, home: &Home, i: usize| {
             let of = |parts: &(Proj, Vec<usize>)| errors.get(&place(layer, parts.0)).and_then(|e| e.get(i));
-            let error = influence[layer] * home.parts.iter().filter_map(of).sum::<f64>();
+            let error = influence[layer] * home.parts.iter().filter_map(of).map(|t| t.error).sum::<f64>();
             let coded = Some(bits[i]).filter(|b| *b < UNROUNDED);
-            Point { cost: self.home_bytes(source, home, coded) as f64, error }
+            let all = self.home_bytes(source, home, coded) as f64;
+            let cost = |parts: &(Proj, Vec<usize>)| {
+                let own = all * parts.1.len() as f64 / home.outputs as f64;
+                // What is larger in the container is read dense.
+                of(parts).and_then(|t| t.packed).map_or(own, |packed| own.min(packed as f64))
+            };
+            Point { cost: home.parts.iter().map(cost).sum::<f64>().round(), error }
         };
         let homes = self.all_homes().map(|(l, h)| (0..bits.len()).map(|i| point(l, h, i)).collect()).collect();
         Ok(Curves {
@@ -347,15 +360,7 @@ impl Plan<'_> {
     pub(super) fn check_goal(&self) -> Result<()> {
         let wrong = |name, problem: &str| Err(Error::Argument { name, problem: problem.into() });
         match &self.request.goal {
-            Some(Goal::Bytes(_)) if self.books.is_some() => wrong(
-                "target-bytes",
-                "bits of books are not searched; choose --bits 2, 3 or 4, or a method with a grid, such as gptq",
-            ),
-            Some(Goal::Divergence { .. }) if self.books.is_some() => wrong(
-                "max-kl",
-                "bits of books are not searched; choose --bits 2, 3 or 4, or a method with a grid, such as gptq",
-            ),
-            Some(Goal::Bytes(budget)) if self.grid.is_none() => {
+            Some(Goal::Bytes(budget)) if !self.rounds() => {
                 let all: u64 = self.all_bytes()?;
                 let problem = format!(
                     "{budget} bytes cannot be reached: zeros alone save none in these files, so the smallest is {all} bytes; add a \
@@ -369,7 +374,7 @@ impl Plan<'_> {
             Some(Goal::Divergence { held_out, .. }) if held_out.iter().all(|w| w.len() < 2) => {
                 wrong("max-kl", "the text has no part to hold out for the measurement; give a longer one")
             }
-            Some(Goal::Divergence { .. }) if self.grid.is_none() => match self.pruner() {
+            Some(Goal::Divergence { .. }) if !self.rounds() => match self.pruner() {
                 Some(s) if Self::pattern(s) == Pattern::Free => Ok(()),
                 _ => wrong(
                     "max-kl",

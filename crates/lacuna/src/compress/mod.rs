@@ -14,8 +14,10 @@ mod hidden;
 mod homes;
 mod influence;
 mod lock;
+mod low_rank;
 mod measure;
 mod neurons;
+mod order;
 mod output;
 mod rotate;
 mod search;
@@ -23,6 +25,8 @@ mod soup;
 mod store;
 mod tensors;
 
+#[cfg(test)]
+mod container_tests;
 #[cfg(test)]
 mod pruning_tests;
 #[cfg(test)]
@@ -352,7 +356,18 @@ impl<'a> Plan<'a> {
         let (steps, choices) = (&self.request.steps[..], &self.choices);
         let norms = Norms { source, names: self.names, prefix: prefix(source, self.names) };
         let Request { seed, threads, .. } = *self.request;
-        Task { model, layer, steps, choices, norms, seed, threads, narrow: self.narrowed.is_some() }
+        let pairs = self.pairs(layer);
+        Task { model, layer, steps, choices, norms, seed, threads, narrow: self.narrowed.is_some(), pairs }
+    }
+
+    /// Projections of a block whose factors can lie in a container: of directories, and where codes are written of tensors
+    /// that hold one projection alone (the others stay together in one tensor of codes).
+    fn pairs(&self, layer: usize) -> Vec<Proj> {
+        if self.in_blocks() {
+            return Vec::new();
+        }
+        let able = self.homes[layer].iter().filter(|h| self.grid.is_none() || h.parts.len() == 1);
+        able.flat_map(|h| h.parts.iter().map(|p| p.0)).collect()
     }
 
     /// Where the projections of block `layer` lie in the output, and what the output computes.
@@ -549,7 +564,11 @@ impl<'a> Plan<'a> {
         let changed = |h: &&Home| h.parts.iter().any(|p| done.changed.contains_key(&p.0));
         let homes = self.made(layer).0.iter().filter(changed);
         let homes = homes.flat_map(|h| finished(h, &done.changed, format(h), self.target));
-        let packed = done.changed.iter().filter_map(|(proj, changed)| packed(layer, *proj, changed));
+        let format_of = |proj: &Proj| {
+            let home = self.homes[layer].iter().find(|h| h.parts.iter().any(|p| p.0 == *proj));
+            home.map_or(Format::F32, &format)
+        };
+        let packed = done.changed.iter().filter_map(|(proj, c)| packed(layer, *proj, c, format_of(proj)));
         homes.chain(done.beside.iter().cloned()).chain(packed).collect()
     }
 

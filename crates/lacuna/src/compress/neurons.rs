@@ -162,8 +162,14 @@ impl Task<'_> {
                 Proj::Down => order.columns(&pruned.down, inner),
                 _ => order.rows(dense, neurons.width),
             };
-            let changed =
-                Changed { weight: rounded(&weight, format), kept: None, codes: None, books: None, notes: Vec::new() };
+            let changed = Changed {
+                weight: rounded(&weight, format),
+                kept: None,
+                codes: None,
+                books: None,
+                low_rank: None,
+                notes: Vec::new(),
+            };
             out.changed.insert(*proj, changed);
         }
         out.beside = self.biases(block, &order);
@@ -216,7 +222,7 @@ impl Task<'_> {
     }
 
     /// The biases of gate and up in the new order.
-    fn biases(&self, block: &Block, order: &Order) -> Vec<Finished> {
+    pub(super) fn biases(&self, block: &Block, order: &Order) -> Vec<Finished> {
         let norms = &self.norms;
         let spec = with_width(&self.model.spec, order.all.len());
         let homes = homes(norms.names, norms.prefix, &spec, self.layer);
@@ -237,12 +243,17 @@ impl Task<'_> {
 }
 
 /// The old numbers of neurons in their new order: those that stay, then (unless the output is narrower) the others.
-struct Order {
+pub(super) struct Order {
     all: Vec<usize>,
     live: usize,
 }
 
 impl Order {
+    /// All neurons, in another order.
+    pub fn of(all: Vec<usize>) -> Self {
+        Self { live: all.len(), all }
+    }
+
     fn new(kept: &[bool], narrow: bool) -> Self {
         let of = |which: bool| (0..kept.len()).filter(move |j| kept[*j] == which);
         let mut all: Vec<usize> = of(true).collect();
@@ -254,7 +265,7 @@ impl Order {
     }
 
     /// Rows of `width` numbers in the new order, zeros for dropped ones.
-    fn rows(&self, old: &[f32], width: usize) -> Vec<f32> {
+    pub fn rows(&self, old: &[f32], width: usize) -> Vec<f32> {
         let row = |(i, j): (usize, &usize)| {
             old[j * width..][..width].iter().map(move |w| if i < self.live { *w } else { 0.0 })
         };
@@ -262,7 +273,7 @@ impl Order {
     }
 
     /// Columns in the new order; those of dropped neurons are zero already.
-    fn columns(&self, old: &[f32], inner: usize) -> Vec<f32> {
+    pub fn columns(&self, old: &[f32], inner: usize) -> Vec<f32> {
         old.chunks_exact(inner).flat_map(|row| self.all.iter().map(|j| row[*j])).collect()
     }
 }

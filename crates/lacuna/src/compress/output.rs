@@ -6,7 +6,7 @@ use super::{
     lock,
     rotate::{self, BASIS},
     store::beside,
-    tensors::{PACKED, Target, block_format, stored_bits},
+    tensors::{PACKED, Target, block_format, packed_name, stored_bits},
 };
 use crate::error::{Error, Result};
 use lacuna_core::{
@@ -18,6 +18,7 @@ use lacuna_core::{
         safetensors::{self, Dtype, NewTensor, Tensors},
     },
     map::{LoadMode, read_small},
+    site::Proj,
 };
 use serde_json::{Value, json};
 use std::{
@@ -122,7 +123,7 @@ fn directory(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut Write
     let _ = fs::remove_dir_all(&new.0);
     fs::create_dir_all(&new.0).map_err(Error::io(&new.0))?;
     beside_files(model, &new.0, file)?;
-    put(file, &new.0.join("config.json"), &configuration(plan)?)?;
+    put(file, &new.0.join("config.json"), &configuration(plan, blocks)?)?;
     let source = safetensors::Model::open(model, LoadMode::Map)?;
     let mut tensors = all_tensors(plan, &source, blocks)?;
     let packed: Vec<Tensor> = tensors.extract_if(.., |t| t.0.starts_with(PACKED)).collect();
@@ -130,10 +131,7 @@ fn directory(plan: &Plan<'_>, blocks: &[Tensors], lock: &Value, file: &mut Write
     let mut after = tensors.iter().map(|t| t.3.len() as u64).sum();
     weights(&new.0, &tensors, file)?;
     if !packed.is_empty() {
-        // Lacuna reads these in the place of the dense ones.
-        after += packed.iter().map(|t| t.3.len() as u64).sum::<u64>();
-        let dense: u64 = plan.all_homes().map(|(_, h)| size_of(&tensors, &h.tensor)).sum();
-        after -= dense.min(after);
+        after -= saved(plan, &tensors, &packed).min(after);
         container(&new.0, &packed, file)?;
     }
     put(file, &new.0.join(lock::NAME), &pretty(lock))?;
@@ -151,6 +149,20 @@ pub(super) fn beside_files(model: &Path, to: &Path, file: &mut WriteFile<'_>) ->
         }
     }
     Ok(())
+}
+
+/// Bytes by which the pieces of the container are smaller than the dense matrices that Lacuna reads them for.
+fn saved(plan: &Plan<'_>, tensors: &[Tensor], packed: &[Tensor]) -> u64 {
+    let sizes: BTreeMap<&str, u64> = packed.iter().map(|t| (&t.0[..], t.3.len() as u64)).collect();
+    let of = |(layer, home): (usize, &Home)| {
+        let dense = size_of(tensors, &home.tensor);
+        let part = |(proj, rows): &(Proj, Vec<usize>)| {
+            let dense = dense * rows.len() as u64 / home.outputs.max(1) as u64;
+            sizes.get(&packed_name(layer, *proj)[..]).map_or(0, |own| dense.saturating_sub(*own))
+        };
+        home.parts.iter().map(part).sum::<u64>()
+    };
+    plan.all_homes().map(of).sum()
 }
 
 fn size_of(tensors: &[Tensor], name: &str) -> u64 {
@@ -179,7 +191,7 @@ fn goes_along(path: &Path) -> bool {
 }
 
 /// The configuration of the model, with what the codes are.
-fn configuration(plan: &Plan<'_>) -> Result<Vec<u8>> {
+fn configuration(plan: &Plan<'_>, blocks: &[Tensors]) -> Result<Vec<u8>> {
     let path = plan.request.model.join("config.json");
     let text = read_small(&path, lacuna_core::size::cap::CONFIG)?;
     let bad = |e: serde_json::Error| Error::config(&path.display().to_string(), "config.json", e.to_string());
@@ -205,7 +217,10 @@ fn configuration(plan: &Plan<'_>) -> Result<Vec<u8>> {
     let mut modules: BTreeMap<Option<u32>, Vec<&str>> = BTreeMap::new();
     for (layer, home) in plan.all_homes() {
         let name = home.tensor.strip_suffix(".weight").unwrap_or(&home.tensor);
-        modules.entry(plan.bits(layer, home).map(stored_bits)).or_default().push(name);
+        // Two factors in the container have a dense product beside them.
+        let plain = blocks.get(layer).is_some_and(|b| b.get(&home.tensor).is_some());
+        let bits = plan.bits(layer, home).filter(|_| !plain).map(stored_bits);
+        modules.entry(bits).or_default().push(name);
     }
     let one = modules.len() == 1;
     let mut ignored = vec!["lm_head", "re:.*router.*", "re:.*experts.*", "re:.*block_sparse_moe.*", "re:.*mlp[.]gate$"];

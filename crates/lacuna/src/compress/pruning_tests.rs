@@ -197,6 +197,17 @@ fn a_soup_is_the_mean_under_the_same_mask() {
     assert!(refused(std::slice::from_ref(&a)).contains("two models"));
     assert!(refused(&[a.clone(), fixture("phi3").join("model.gguf")]).contains("no Hugging Face directory"));
     let e = refused(&[a.clone(), fixture("llama3")]);
-    assert!(e.contains("shape or type") || e.contains("it is"), "{e}");
+    assert!(e.contains("llama3") && e.contains("config.json") && e.contains("` is "), "{e}");
+    // A number that is none.
+    let broken = dir.path().join("broken");
+    fs::create_dir(&broken).unwrap();
+    tree(&a).iter().for_each(|(name, bytes)| fs::write(broken.join(name), bytes).unwrap());
+    let mut bytes = fs::read(broken.join("model.safetensors")).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(broken.join("model.safetensors"), bytes).unwrap();
+    let left = left + 1;
+    let e = refused(&[a.clone(), broken]);
+    assert!(e.contains("tensor `") && e.contains("broken") && e.contains("NaN"), "{e}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), left);
 }

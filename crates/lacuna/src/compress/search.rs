@@ -131,7 +131,7 @@ impl Plan<'_> {
         spill: &Path,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Knob> {
-        if self.grid.is_some() {
+        if self.rounds() {
             let shares = self.shares(model, source, spill, progress)?;
             return Ok(Knob::Bytes(self.curves(model, source, &shares, spill, progress)?, shares));
         }

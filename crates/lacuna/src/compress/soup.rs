@@ -48,7 +48,7 @@ pub struct SoupReport {
 /// Writes the mean of `models` (Hugging Face directories of one architecture) to `output`.
 ///
 /// # Errors
-/// Fewer than two models, GGUF files, weights in codes, tensors that not all have or whose shapes, types or zeros differ (the
+/// Fewer than two models, GGUF files, configurations that differ, numbers that are not finite, weights in codes, tensors that not all have or whose shapes, types or zeros differ (the
 /// first one is named); what the system says.
 pub fn soup(models: &[PathBuf], output: &Path) -> Result<SoupReport> {
     let wrong = |problem: String| Error::Argument { name: "soup", problem };
@@ -69,6 +69,7 @@ pub fn soup(models: &[PathBuf], output: &Path) -> Result<SoupReport> {
     }
     let all: Vec<safetensors::Model> =
         models.iter().map(|m| safetensors::Model::open(m, LoadMode::Map)).collect::<lacuna_core::error::Result<_>>()?;
+    same_settings(models)?;
     let kitchen = Kitchen { models, all: &all };
     let (names, mut report) = kitchen.check()?;
     let hashes: Vec<_> = models.iter().map(|m| lock::source_files(m)).collect::<Result<_>>()?;
@@ -89,6 +90,36 @@ pub fn soup(models: &[PathBuf], output: &Path) -> Result<SoupReport> {
     Ok(report)
 }
 
+/// That the configurations say the same, but for what only tells who wrote them.
+fn same_settings(models: &[PathBuf]) -> Result<()> {
+    const TOLD: [&str; 4] = ["_name_or_path", "transformers_version", "torch_dtype", "dtype"];
+    let read = |model: &PathBuf| -> Result<(PathBuf, Value)> {
+        let path = model.join("config.json");
+        let text = read_small(&path, cap::CONFIG)?;
+        let bad = |e: serde_json::Error| Error::config(&path.display().to_string(), "config.json", e.to_string());
+        let value = serde_json::from_slice(&text).map_err(bad)?;
+        Ok((path, value))
+    };
+    let (first, settings) = read(&models[0])?;
+    for model in &models[1..] {
+        let (path, others) = read(model)?;
+        let keys = |v: &Value| v.as_object().map(|o| o.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
+        let mut all = [keys(&settings), keys(&others)].concat();
+        all.retain(|k| !TOLD.contains(&k.as_str()));
+        if let Some(key) = all.into_iter().find(|k| settings.get(k) != others.get(k)) {
+            let shown = |v: &Value| v.get(&key).map_or("absent".to_owned(), Value::to_string);
+            let (path, first) = (path.display(), first.display());
+            let problem = format!(
+                "{path}: `{key}` is {}, but {} in {first}; a mean is one of models with the same settings",
+                shown(&others),
+                shown(&settings)
+            );
+            return Err(Error::Argument { name: "soup", problem });
+        }
+    }
+    Ok(())
+}
+
 /// The models that are averaged.
 struct Kitchen<'a> {
     models: &'a [PathBuf],
@@ -99,6 +130,15 @@ impl Kitchen<'_> {
     fn wrong(&self, tensor: &str, i: usize, problem: &str) -> Error {
         let (first, other) = (self.models[0].display(), self.models[i].display());
         Error::Argument { name: "soup", problem: format!("tensor `{tensor}` of {other}: {problem} {first}") }
+    }
+
+    /// That a tensor of model `i` has no NaN and no infinity.
+    fn finite(&self, name: &str, i: usize, format: Format, bytes: &[u8]) -> Result<()> {
+        let values = decoded(format, bytes);
+        let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+        let (file, value) = (self.models[i].display(), values[at]);
+        let problem = format!("tensor `{name}` of {file}: number {at} is {value}; a mean with it would be none");
+        Err(Error::Argument { name: "soup", problem })
     }
 
     fn get(&self, i: usize, name: &str) -> Result<(&Entry, Bytes)> {
@@ -124,6 +164,7 @@ impl Kitchen<'_> {
                 let remedy = "; average before rounding to codes".into();
                 return Err(Error::Unsupported { file, what, remedy });
             };
+            self.finite(name, 0, format, &bytes)?;
             let mask = mask(format, &bytes);
             let none = mask.iter().filter(|z| **z).count();
             let mut pruned = first.shape.len() > 1 && none as f64 >= MASK * mask.len() as f64;
@@ -132,6 +173,7 @@ impl Kitchen<'_> {
                 if (&other.shape, other.dtype) != (&first.shape, first.dtype) {
                     return Err(self.wrong(name, i, "its shape or type is not that of"));
                 }
+                self.finite(name, i, format, &bytes)?;
                 let theirs = self::mask(format, &bytes);
                 let many = theirs.iter().filter(|z| **z).count() as f64 >= MASK * theirs.len() as f64;
                 pruned |= first.shape.len() > 1 && many;

@@ -1,10 +1,10 @@
 //! From compressed projections to the tensors of a file: dense numbers with zeros in place, or codes packed as the
 //! compressed-tensors library packs them.
 
-use super::{choices::place, homes::Home, store::Finished};
+use super::{choices::place, homes::Home, low_rank, store::Finished};
 use half::f16;
 use lacuna_core::{
-    compress::{Changed, Codes},
+    compress::{Books, Changed, Codes},
     format::safetensors::Dtype,
     site::Proj,
 };
@@ -52,14 +52,20 @@ pub fn packed_name(layer: usize, proj: Proj) -> String {
 /// What begins the names of packed forms, which no tensor of a model has.
 pub const PACKED: &str = "lacuna.packed.";
 
-/// The packed form of a projection that became pairs and books.
-pub fn packed(layer: usize, proj: Proj, changed: &Changed) -> Option<Finished> {
-    let b = changed.books.as_ref()?;
-    let (bits, cols) = (b.bits as usize, changed.weight.len() / b.of_row.len().max(1));
-    let (of_row, entries) = (&b.of_row[..], &b.entries[..]);
-    let parts = Parts { bits, cols, span: b.span, of_row, entries, exponents: &b.exponents, codes: &b.codes };
-    let data = codebook::pack(&parts)?;
+/// The packed form of a projection that became pairs and books, or two factors with other numbers in `format`.
+pub fn packed(layer: usize, proj: Proj, changed: &Changed, format: Format) -> Option<Finished> {
+    if changed.low_rank.is_some() {
+        return low_rank::packed(layer, proj, changed, format);
+    }
+    let data = packed_books(changed.books.as_ref()?, &changed.weight)?;
     Some(Finished { name: packed_name(layer, proj), dtype: Dtype::U8, shape: vec![data.len() as u64], data })
+}
+
+/// The bytes of codes of pairs that stand for `weight`.
+pub fn packed_books(b: &Books, weight: &[f32]) -> Option<Vec<u8>> {
+    let (bits, cols) = (b.bits as usize, weight.len() / b.of_row.len().max(1));
+    let (of_row, entries) = (&b.of_row[..], &b.entries[..]);
+    codebook::pack(&Parts { bits, cols, span: b.span, of_row, entries, exponents: &b.exponents, codes: &b.codes })
 }
 
 /// Puts the rows of `part` (of `cols` numbers) to their places in `all`.
@@ -112,7 +118,7 @@ fn blocks<'a>(home: &Home, parts: impl Iterator<Item = (&'a Changed, &'a Vec<usi
 }
 
 /// Codes in blocks of 32 with their scale in F16.
-fn coded_blocks(c: &Codes, format: Format) -> Vec<u8> {
+pub fn coded_blocks(c: &Codes, format: Format) -> Vec<u8> {
     let mut out = Vec::with_capacity(format.run_bytes(c.codes.len()).unwrap_or(0));
     for (group, scale) in c.codes.chunks_exact(c.group).zip(&c.scales) {
         for block in group.chunks_exact(32) {
@@ -186,7 +192,7 @@ mod tests {
     }
 
     fn changed(weight: Vec<f32>, codes: Option<Codes>) -> Changed {
-        Changed { weight, kept: None, codes, books: None, notes: vec![] }
+        Changed { weight, kept: None, codes, books: None, low_rank: None, notes: vec![] }
     }
 
     #[test]

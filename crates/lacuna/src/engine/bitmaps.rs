@@ -17,6 +17,7 @@ use crate::{
 };
 use lacuna_core::{
     bytes::Bytes,
+    pair,
     site::Proj,
     weight::{Orientation, Weight},
 };
@@ -53,8 +54,10 @@ pub struct Packed {
     pub model: Arc<Model>,
     /// Matrices of the blocks that are bitmaps.
     pub matrices: usize,
-    /// Matrices of the blocks that come from the container.
+    /// Matrices of the blocks that come from the container as codes of pairs.
     pub books: usize,
+    /// Matrices of the blocks that come from there as products of two smaller ones.
+    pub low_rank: usize,
     /// The bytes of both as they were.
     pub dense_bytes: u64,
     /// Their bytes now.
@@ -68,26 +71,32 @@ pub struct Packed {
 impl Packed {
     /// `model` without bitmaps.
     pub(super) fn nothing(model: &Arc<Model>) -> Self {
-        Self { model: model.clone(), matrices: 0, books: 0, dense_bytes: 0, bytes: 0, notes: Vec::new(), dead: 0 }
+        Self {
+            model: model.clone(),
+            matrices: 0,
+            books: 0,
+            low_rank: 0,
+            dense_bytes: 0,
+            bytes: 0,
+            notes: Vec::new(),
+            dead: 0,
+        }
     }
 
     /// One line for people.
     pub fn describe(&self) -> String {
         let share = 100.0 * self.bytes as f64 / self.dense_bytes.max(1) as f64;
-        let counts = [(self.books, "codes of pairs"), (self.matrices, "bitmaps")];
+        let counts = [(self.books, "codes of pairs"), (self.low_rank, "two factors"), (self.matrices, "bitmaps")];
         let parts = counts.iter().filter(|c| c.0 > 0).map(|(n, what)| format!("{n} matrices are read as {what}"));
         let parts = parts.collect::<Vec<_>>().join(", ");
         if parts.is_empty() { "all matrices are dense".into() } else { format!("{parts}, {share:.1} % of their bytes") }
     }
 
     /// What a listing adds to the name of the plan.
-    pub fn label(&self) -> &'static str {
-        match (self.books, self.matrices) {
-            (0, 0) => "-dead neurons",
-            (0, _) => "+bitmaps",
-            (_, 0) => "+codebooks",
-            _ => "+codebooks+bitmaps",
-        }
+    pub fn label(&self) -> String {
+        let counts = [(self.low_rank, "+low rank"), (self.books, "+codebooks"), (self.matrices, "+bitmaps")];
+        let parts: String = counts.iter().filter(|c| c.0 > 0).map(|c| c.1).collect();
+        if parts.is_empty() { "-dead neurons".into() } else { parts }
     }
 }
 
@@ -137,8 +146,14 @@ pub fn bitmap_of(weight: &Weight) -> Weight {
         .expect("the bytes were packed for this shape")
 }
 
-/// The matrices of the container of `model` that `plan` does not read by rows or channels, after a look at all their bytes.
-fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<((usize, Proj), Weight)>> {
+/// What the container of `model` has for its places, after a look at all those bytes: what `plan` does not read by rows or
+/// channels, where it takes fewer bytes than the dense matrix and is not slower. What is left dense is told in `notes`.
+fn contained(
+    model: &Model,
+    plan: Option<&CompiledPlan>,
+    pool: &Pool,
+    notes: &mut Vec<String>,
+) -> Result<Vec<((usize, Proj), Weight)>> {
     let Some(file) = &model.packed else { return Ok(Vec::new()) };
     let places: Vec<(usize, Proj)> =
         (0..model.blocks.len()).flat_map(|l| Proj::ALL.into_iter().map(move |p| (l, p))).collect();
@@ -153,8 +168,16 @@ fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<
         return Err(bad(foreign, "a matrix that this model does not have"));
     }
     let there: BTreeSet<&str> = file.names().collect();
-    let wanted: Vec<(usize, Proj)> =
-        places.into_iter().filter(|(l, p)| there.contains(name((*l, *p)).as_str()) && !by_rows(plan, *l, *p)).collect();
+    let (planned, wanted): (Vec<_>, Vec<_>) = places
+        .into_iter()
+        .filter(|place| there.contains(name(*place).as_str()))
+        .partition(|(l, p)| by_rows(plan, *l, *p));
+    if let Some(first) = planned.first() {
+        let (n, file, first) = (planned.len(), file.path().display(), name(*first));
+        notes.push(format!(
+            "{n} matrices of {file} (such as {first}) are read dense: the plan reads them by rows or channels"
+        ));
+    }
     let made: Vec<Mutex<Option<Result<Weight>>>> = wanted.iter().map(|_| Mutex::new(None)).collect();
     pool.run(wanted.len(), &|_, i| {
         let (layer, proj) = wanted[i];
@@ -162,9 +185,7 @@ fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<
             let tensor = name((layer, proj));
             let bytes = file.get(&tensor)?;
             let dense = &model.blocks[layer].linear(proj).ok_or_else(|| bad(&tensor, "a matrix of experts"))?.weight;
-            let (outputs, inputs) = (dense.outputs(), dense.inputs());
-            let weight = Weight::new(codebook::DENSE, Orientation::Codebook, outputs, inputs, bytes);
-            weight.ok_or_else(|| bad(&tensor, &format!("no codes of pairs of {outputs} rows of {inputs}")))
+            piece(dense, bytes).map_err(|what| bad(&tensor, &what))
         };
         *made[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(one());
     });
@@ -176,15 +197,30 @@ fn books(model: &Model, plan: Option<&CompiledPlan>, pool: &Pool) -> Result<Vec<
     let smaller = |l: usize, p, w: &Weight| {
         model.blocks[l].linear(p).is_some_and(|dense| w.bytes().len() < dense.weight.bytes().len())
     };
-    all.retain(|((l, p), w)| codebook::pays(isa::get(), w.codebook().bits()) && smaller(*l, *p, w));
+    all.retain(|((l, p), w)| pays(w) && smaller(*l, *p, w));
     if all.len() < before {
-        let (n, isa) = (before - all.len(), isa::get());
-        tracing::info!(
-            "{n} matrices of {} stay dense: codes of pairs are slower with {isa}, or larger",
-            file.path().display()
-        );
+        let (n, isa, file) = (before - all.len(), isa::get(), file.path().display());
+        notes.push(format!("{n} matrices of {file} are read dense: codes of pairs are slower with {isa}, or larger"));
     }
     Ok(all)
+}
+
+/// What a piece of a container holds in the place of `dense`.
+fn piece(dense: &Weight, bytes: Bytes) -> std::result::Result<Weight, String> {
+    let (outputs, inputs) = (dense.outputs(), dense.inputs());
+    if !bytes.starts_with(&pair::MAGIC) {
+        let weight = Weight::new(codebook::DENSE, Orientation::Codebook, outputs, inputs, bytes);
+        return weight.ok_or_else(|| format!("no codes of pairs of {outputs} rows of {inputs}"));
+    }
+    let format = pair::parse(outputs, inputs, &bytes).map(|f| f[0].format());
+    let weight = format.and_then(|f| Weight::new(f, Orientation::LowRank, outputs, inputs, bytes));
+    weight.ok_or_else(|| format!("no two factors of {outputs} rows of {inputs}"))
+}
+
+/// Whether a weight of a container is not slower than the dense one.
+fn pays(w: &Weight) -> bool {
+    let one = |w: &Weight| w.orientation() != Orientation::Codebook || codebook::pays(isa::get(), w.codebook().bits());
+    w.factors().map_or_else(|| one(w), |f| f.iter().all(one))
 }
 
 /// `model` with what its container has, and with bitmaps where they pay; `None` if that is nowhere. What `plan` reads by rows
@@ -199,7 +235,8 @@ pub fn pack(
     pool: &Pool,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Option<Packed>> {
-    let books = books(model, plan, pool)?;
+    let mut notes = Vec::new();
+    let books = contained(model, plan, pool, &mut notes)?;
     let (mut wanted, mut places, mut left) = (Vec::new(), Vec::new(), BTreeMap::new());
     for (layer, block) in model.blocks.iter().enumerate() {
         let own = |p: Proj| books.iter().any(|b| b.0 == (layer, p));
@@ -225,7 +262,7 @@ pub fn pack(
         let [low, high, limit] = [low, high, limit].map(|s| 100.0 * s);
         format!("{n} x {proj}: {low:.0}-{high:.0} % zeros stay dense ({format} bitmaps pay from {limit:.0} % on)")
     };
-    let notes: Vec<String> = left.into_iter().map(line).collect();
+    notes.extend(left.into_iter().map(line));
     notes.iter().for_each(|n| tracing::info!("{n}"));
     if wanted.is_empty() && books.is_empty() {
         return Ok(None);
@@ -235,7 +272,8 @@ pub fn pack(
     let dense_bytes = size(&mut wanted.iter().map(|w| w.weight).chain(replaced));
     let weights = options.cache.bitmaps(&wanted, pool, progress);
     let bytes = size(&mut weights.iter().chain(books.iter().map(|b| &b.1)));
-    let (matrices, of_books) = (weights.len(), books.len());
+    let low_rank = books.iter().filter(|b| b.1.factors().is_some()).count();
+    let (matrices, of_books) = (weights.len(), books.len() - low_rank);
     let mut packed = Model::clone(model);
     for ((layer, proj), weight) in books {
         if let Some(linear) = packed.blocks[layer].linear_mut(proj) {
@@ -247,7 +285,8 @@ pub fn pack(
             linear.weight = weight;
         }
     }
-    let packed = Packed { model: Arc::new(packed), matrices, books: of_books, dense_bytes, bytes, notes, dead: 0 };
+    let packed =
+        Packed { model: Arc::new(packed), matrices, books: of_books, low_rank, dense_bytes, bytes, notes, dead: 0 };
     tracing::info!("{}", packed.describe());
     Ok(Some(packed))
 }

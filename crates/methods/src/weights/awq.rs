@@ -106,7 +106,7 @@ impl Compressor for Awq {
             clip(grid, layer, gram, &mut codes);
         }
         let (weight, kept) = (grid::decode(&codes), layer.kept.map(<[bool]>::to_vec));
-        Ok(Changed { weight, kept, codes: Some(codes), books: None, notes: Vec::new() })
+        Ok(Changed { weight, kept, codes: Some(codes), books: None, low_rank: None, notes: Vec::new() })
     }
 }
 

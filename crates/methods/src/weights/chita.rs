@@ -30,7 +30,10 @@ use lacuna_core::{
     method::{Citation, Method, MethodError, ParamSpec, Params},
     site::Site,
 };
-use std::ops::Bound;
+use std::{
+    ops::Bound,
+    sync::{Mutex, PoisonError},
+};
 
 /// CHITA, per layer.
 #[derive(Debug)]
@@ -96,6 +99,7 @@ impl Compressor for Chita {
                 kept: None,
                 codes: None,
                 books: None,
+                low_rank: None,
                 notes: Vec::new(),
             });
         }
@@ -112,10 +116,29 @@ impl Compressor for Chita {
             0 => choose(&layer.weight.iter().map(|w| f64::from(*w)).collect::<Vec<f64>>())?,
             steps => search(&problem, steps, &choose)?,
         };
-        let mut weight = solved(layer, &damped.gram, &kept);
+        let (mut weight, unsolved) = solved(layer, &damped.gram, &kept);
         weight.iter_mut().enumerate().filter(|(i, _)| damped.dead[i % layer.inputs]).for_each(|(_, w)| *w = 0.0);
-        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes: damped.notes })
+        Ok(Changed {
+            weight,
+            kept: Some(kept),
+            codes: None,
+            books: None,
+            low_rank: None,
+            notes: noted(layer, damped.notes, &unsolved),
+        })
     }
+}
+
+/// `notes`, and which rows were left as they were.
+fn noted(layer: &Layer<'_>, mut notes: Vec<String>, unsolved: &[usize]) -> Vec<String> {
+    if let Some(first) = unsolved.first() {
+        let (n, rows, place) = (unsolved.len(), layer.outputs, layer.place);
+        notes.push(format!(
+            "{place}: {n} of {rows} rows (the first: {first}) cannot be solved for and keep their weights at their places; use more \
+             calibration tokens (--tokens)"
+        ));
+    }
+    notes
 }
 
 /// `min 1/2 tr((V - V0) H (V - V0)^T)` in columns of one norm: `V = W D`, `H = D^-1 C D^-1` for the damped Gram matrix `C`
@@ -223,9 +246,11 @@ fn search(p: &Problem, steps: usize, choose: &Choose<'_>) -> Result<Vec<bool>, M
     Ok(now.kept)
 }
 
-/// Row by row, the weights at the places `kept` with the smallest error: `w_S = w0_S + (C_SS)^-1 C_SR w0_R`.
-fn solved(layer: &Layer<'_>, gram: &Mat<f64>, kept: &[bool]) -> Vec<f32> {
+/// Row by row, the weights at the places `kept` with the smallest error: `w_S = w0_S + (C_SS)^-1 C_SR w0_R`. And the rows that
+/// were not solved for.
+fn solved(layer: &Layer<'_>, gram: &Mat<f64>, kept: &[bool]) -> (Vec<f32>, Vec<usize>) {
     let n = layer.inputs;
+    let unsolved = Mutex::new(Vec::new());
     let mut weight = layer.weight.to_vec();
     rows::each(layer.pool, &mut weight, n, |r, row| {
         let mask = &kept[r * n..][..n];
@@ -240,11 +265,14 @@ fn solved(layer: &Layer<'_>, gram: &Mat<f64>, kept: &[bool]) -> Vec<f32> {
             solve_upper_triangular_in_place(lower.transpose(), x.as_mut(), Par::Seq);
         } else {
             x.fill(0.0);
+            unsolved.lock().unwrap_or_else(PoisonError::into_inner).push(r);
         }
         gone.iter().for_each(|j| row[*j] = 0.0);
         stay.iter().enumerate().for_each(|(i, j)| row[*j] = (f64::from(row[*j]) + x[(i, 0)]) as f32);
     });
-    weight
+    let mut unsolved = unsolved.into_inner().unwrap_or_else(PoisonError::into_inner);
+    unsolved.sort_unstable();
+    (weight, unsolved)
 }
 
 #[cfg(test)]
@@ -268,6 +296,20 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_are_not_solved_for_are_told() {
+        let case = Case::random(75, 4, 6, 50);
+        let kept: Vec<bool> = (0..24).map(|i| i / 6 != 2 || i % 6 < 1).collect();
+        // Not positive definite in all places but the first, so that row 2 alone can be solved for.
+        let gram = Mat::from_fn(6, 6, |i, j| if i == j && i > 0 { -1.0 } else { f64::from(u8::from(i == j)) });
+        let (weight, unsolved) = solved(&case.layer(), &gram, &kept);
+        assert_eq!(unsolved, [0, 1, 3]);
+        assert_eq!(weight[..6], case.weight[..6]);
+        let notes = noted(&case.layer(), Vec::new(), &unsolved);
+        assert!(notes[0].contains("3 of 4 rows") && notes[0].contains("layers.0.mlp.up"), "{notes:?}");
+        assert!(noted(&case.layer(), Vec::new(), &[]).is_empty());
+    }
+
+    #[test]
     fn the_objective_falls_with_every_step() {
         let case = Case::random(71, 8, 40, 120);
         let damped = damped(&case.layer()).unwrap();
@@ -279,7 +321,7 @@ mod tests {
         let error = |steps: usize| {
             let kept = search(&problem, steps, &choose).unwrap();
             assert_eq!(kept.iter().filter(|k| **k).count(), 128);
-            case.output_error(&solved(&case.layer(), &damped.gram, &kept))
+            case.output_error(&solved(&case.layer(), &damped.gram, &kept).0)
         };
         let errors: Vec<f64> = [0, 1, 3, 10, 60].map(error).to_vec();
         assert!(errors[4] < errors[0], "{errors:?}");
@@ -291,7 +333,7 @@ mod tests {
         let case = Case::random(72, 3, 30, 100);
         let damped = damped(&case.layer()).unwrap();
         let kept: Vec<bool> = (0..90).map(|i| i * 7 % 3 != 0).collect();
-        let weight = solved(&case.layer(), &damped.gram, &kept);
+        let weight = solved(&case.layer(), &damped.gram, &kept).0;
         for r in 0..3 {
             let places: Vec<usize> = (0..30).filter(|j| kept[r * 30 + j]).collect();
             let at = |i: usize, j: usize| damped.gram[(places[i], places[j])];
@@ -319,7 +361,7 @@ mod tests {
             };
             let of = |bits: u32| (0..10).map(|j| bits >> j & 1 == 1).collect::<Vec<bool>>();
             let all = (0..1024_u32).filter(|b| b.count_ones() == 3);
-            let best = all.map(|b| error(&solved(&case.layer(), &damped.gram, &of(b)))).fold(f64::MAX, f64::min);
+            let best = all.map(|b| error(&solved(&case.layer(), &damped.gram, &of(b)).0)).fold(f64::MAX, f64::min);
             let out = run(&Chita, &[("sparsity", 0.7)], &case.layer()).unwrap();
             let found = error(&out.weight);
             assert!(found >= best * (1.0 - 1e-6), "{seed}: {found} {best}");

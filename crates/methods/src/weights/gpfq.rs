@@ -95,7 +95,7 @@ impl Compressor for Gpfq {
             walk.row(rule, w, kept, &scales[r * n / grid.group..][..n / grid.group], out);
         });
         let (weight, kept) = (grid::decode(&codes), layer.kept.map(<[bool]>::to_vec));
-        Ok(Changed { weight, kept, codes: Some(codes), books: None, notes: walk.notes })
+        Ok(Changed { weight, kept, codes: Some(codes), books: None, low_rank: None, notes: walk.notes })
     }
 }
 

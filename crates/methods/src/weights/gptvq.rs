@@ -105,6 +105,7 @@ impl Compressor for Gptvq {
             kept: layer.kept.map(<[bool]>::to_vec),
             codes: None,
             books: Some(books),
+            low_rank: None,
             notes: factor.notes,
         })
     }

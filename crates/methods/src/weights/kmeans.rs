@@ -80,6 +80,7 @@ impl Compressor for Kmeans {
             kept: layer.kept.map(<[bool]>::to_vec),
             codes: None,
             books: Some(books),
+            low_rank: None,
             notes: Vec::new(),
         })
     }

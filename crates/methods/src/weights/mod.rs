@@ -7,6 +7,7 @@ pub mod chita;
 pub mod gpfq;
 pub mod gptq;
 pub mod gptvq;
+pub mod jlcm;
 pub mod kmeans;
 pub mod magnitude;
 pub mod patch;

@@ -90,7 +90,7 @@ impl Compressor for Patch {
         let before = |i: usize| layer.kept.is_none_or(|k| k[i]);
         kept.iter_mut().enumerate().for_each(|(i, k)| *k = (*k || dense[tile(i)]) && before(i));
         let weight = select::masked(layer.weight, &kept);
-        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes: Vec::new() })
+        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, low_rank: None, notes: Vec::new() })
     }
 }
 

@@ -67,7 +67,7 @@ impl Compressor for Rtn {
             c.iter_mut().zip(w).for_each(|(c, w)| *c = grid.code(*w, *scale));
         }
         let (weight, kept) = (grid::decode(&codes), layer.kept.map(<[bool]>::to_vec));
-        Ok(Changed { weight, kept, codes: Some(codes), books: None, notes: Vec::new() })
+        Ok(Changed { weight, kept, codes: Some(codes), books: None, low_rank: None, notes: Vec::new() })
     }
 }
 

@@ -72,7 +72,7 @@ impl Compressor for SparseGpt {
         let share = share(params, layer);
         if share == 0.0 && pattern == Pattern::Free && grid.is_none() {
             let (weight, kept) = (layer.weight.to_vec(), layer.kept.map(<[bool]>::to_vec));
-            return Ok(Changed { weight, kept, codes: None, books: None, notes: Vec::new() });
+            return Ok(Changed { weight, kept, codes: None, books: None, low_rank: None, notes: Vec::new() });
         }
         Ok(sweep(layer, &factor(layer)?, Aim { drop: Some((share, pattern)), grid }))
     }

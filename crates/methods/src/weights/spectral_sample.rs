@@ -96,7 +96,7 @@ impl Compressor for SpectralSample {
             "{place}: {what}; spectral error {of_sample:.4} of the sample, {of_largest:.4} of magnitude; Frobenius error {frobenius:.4}"
         );
         let notes = if gone > 0 { vec![note] } else { Vec::new() };
-        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes })
+        Ok(Changed { weight, kept: Some(kept), codes: None, books: None, low_rank: None, notes })
     }
 }
 

@@ -1,11 +1,14 @@
 //! What the methods here share: which scores stay, grids of codes, the factor of a Gram matrix, the column sweep.
 
+pub mod alike;
 pub mod eigen;
+pub mod exact;
 pub mod factor;
 pub mod grid;
 pub mod pairs;
 pub mod rows;
 pub mod select;
+pub mod soft;
 pub mod sweep;
 pub mod tune;
 pub mod vq;
@@ -73,7 +76,7 @@ pub fn drop_lowest(
     // A run may have lost more before than its pattern takes.
     layer.kept.into_iter().for_each(|before| kept.iter_mut().zip(before).for_each(|(k, b)| *k &= b));
     let weight = select::masked(layer.weight, &kept);
-    Ok(Changed { weight, kept: Some(kept), codes: None, books: None, notes: Vec::new() })
+    Ok(Changed { weight, kept: Some(kept), codes: None, books: None, low_rank: None, notes: Vec::new() })
 }
 
 /// Wanda's scores: magnitude times the norm of the input over all tokens, divided by the largest norm; magnitudes where

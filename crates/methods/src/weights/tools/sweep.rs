@@ -60,7 +60,7 @@ pub fn sweep(layer: &Layer<'_>, factor: &Factor, aim: Aim) -> Changed {
         scales: state.iter().flat_map(|r| &r.scales).copied().collect(),
     });
     let any = aim.drop.is_some() || layer.kept.is_some();
-    Changed { weight: w, kept: any.then_some(kept), codes, books: None, notes: factor.notes.clone() }
+    Changed { weight: w, kept: any.then_some(kept), codes, books: None, low_rank: None, notes: factor.notes.clone() }
 }
 
 /// Marks the `drop` lowest scores `(w / u_jj)^2` of a block of columns, all rows together; entries that were dropped before

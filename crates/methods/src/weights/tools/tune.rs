@@ -5,9 +5,6 @@ use super::vq::Book;
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use lacuna_core::compress::Layer;
 
-/// Steps.
-const STEPS: usize = 10;
-
 /// A layer whose codes are found.
 pub struct Bound<'a> {
     /// The layer.
@@ -20,18 +17,12 @@ pub struct Bound<'a> {
     pub vectors: &'a [(usize, usize)],
     /// Columns that a book serves.
     pub span: usize,
-    /// Rows that share a book.
-    pub per_book: usize,
+    /// Which of the books of a span each row uses.
+    pub of_row: &'a [u16],
     /// The entry of every vector, `[rows, vectors]`.
     pub codes: &'a [u8],
-}
-
-/// What became of the books.
-pub enum Tuned {
-    /// They lose less, after rounding to eight bits.
-    Better(Vec<Vec<Book>>),
-    /// They do not.
-    Same,
+    /// Most steps.
+    pub steps: usize,
 }
 
 impl Bound<'_> {
@@ -40,7 +31,7 @@ impl Bound<'_> {
         for (row, codes) in self.codes.chunks_exact(self.vectors.len().max(1)).enumerate() {
             for ((start, length), code) in self.vectors.iter().zip(codes) {
                 for i in 0..*length {
-                    f(row, start + i, row / self.per_book, start / self.span, usize::from(*code), i);
+                    f(row, start + i, usize::from(self.of_row[row]), start / self.span, usize::from(*code), i);
                 }
             }
         }
@@ -98,8 +89,9 @@ impl Numbers {
     }
 }
 
-/// Tunes `books`, whose rounded entries the codes of `bound` were found with.
-pub fn tune(bound: &Bound<'_>, books: &[Vec<Book>]) -> Tuned {
+/// Tunes `books` (by group of rows, then span), whose rounded entries the codes of `bound` were found with. Gives the better of
+/// them and the new ones, rounded to eight bits, and the loss `tr((W - Q) H (W - Q)^T)` over the largest of the diagonal of `H`.
+pub fn tune(bound: &Bound<'_>, books: &[Vec<Book>]) -> (Vec<Vec<Book>>, f64) {
     let (n, rows) = (bound.layer.inputs, bound.layer.outputs);
     let most = (0..n).map(|j| bound.gram[j * n + j]).fold(f64::MIN_POSITIVE, f64::max);
     let gram: Vec<f32> = bound.gram.iter().map(|g| (g / most) as f32).collect();
@@ -128,7 +120,7 @@ pub fn tune(bound: &Bound<'_>, books: &[Vec<Book>]) -> Tuned {
     let mut r = bound.gather(&h, books);
     let mut z = solved(&r);
     let (mut p, mut rz) = (z.clone(), r.dot(&z));
-    for _ in 0..STEPS {
+    for _ in 0..bound.steps {
         let d = bound.spread(&p);
         let dh = times(&d);
         let curve: f64 = d.iter().zip(&dh).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -150,5 +142,5 @@ pub fn tune(bound: &Bound<'_>, books: &[Vec<Book>]) -> Tuned {
         book.round();
     }
     let after = lost(&Numbers::of(&tuned)).0;
-    if after < before { Tuned::Better(tuned) } else { Tuned::Same }
+    if after < before { (tuned, after) } else { (books.to_vec(), before) }
 }

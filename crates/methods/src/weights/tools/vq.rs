@@ -4,6 +4,7 @@
 //! zero. Numbers that an earlier step dropped are pinned too: entries have the places of their zeros fixed, and a vector takes
 //! only entries that are zero wherever it must be (sheet: "reserve centroid 0 if masks are to be combined", for pairs).
 
+use super::exact;
 use lacuna_core::compress::Books;
 
 /// Numbers of a vector that may be other than zero: bit 0 the first, bit 1 the second.
@@ -56,6 +57,20 @@ pub struct Finder {
 }
 
 impl Finder {
+    /// The (at most) `near` entries nearest to a vector, nearest first, of those that are zero where it must be.
+    pub fn some_nearest(&self, v: &Vector, near: usize) -> Vec<usize> {
+        let able = self.entries.iter().filter(|e| e.1 & !v.free == 0);
+        let far = |c: &[f32; 2]| v.h[0] * (v.x[0] - c[0]).powi(2) + v.h[1] * (v.x[1] - c[1]).powi(2);
+        let mut all: Vec<(f32, usize)> = able.map(|(c, _, i)| (far(c), *i)).collect();
+        let order = |a: &(f32, usize), b: &(f32, usize)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+        if all.len() > near {
+            all.select_nth_unstable_by(near, order);
+            all.truncate(near);
+        }
+        all.sort_by(order);
+        all.into_iter().map(|a| a.1).collect()
+    }
+
     /// The entry nearest to a vector, and how far it is: `min sum h_i (x_i - c_i)^2` over those that are zero where it must be.
     pub fn nearest(&self, v: &Vector) -> (usize, f32) {
         let (mut best, mut least) = (0, f32::INFINITY);
@@ -82,11 +97,11 @@ impl Finder {
 }
 
 /// A small seeded generator (splitmix64, Steele et al. 2014).
-struct Draw(u64);
+pub struct Draw(pub u64);
 
 impl Draw {
     /// Uniform in [0, 1).
-    fn unit(&mut self) -> f64 {
+    pub fn unit(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -97,10 +112,32 @@ impl Draw {
 /// The objective stands still.
 const STILL: f64 = 1e-4;
 
-/// Weighted k-means into `k` entries: k-means++ seeds, then at most `rounds` of Lloyd's; an entry without vectors takes over
-/// the one that fits worst. Gives the objective after each assignment, too.
+/// Weighted k-means into `k` entries. Single numbers without pinned ones among them are clustered exactly ([`exact`]); all else
+/// gets k-means++ seeds (with pinned numbers: the exact clusters of the others), then at most `rounds` of Lloyd's. Gives the
+/// objective after each assignment, too.
 pub fn kmeans(vectors: &[Vector], k: usize, rounds: usize, seed: u64) -> (Book, Vec<f64>) {
-    let mut book = seeds(vectors, k, &mut Draw(seed));
+    if vectors.iter().any(|v| v.free & 2 != 0) {
+        return lloyd(seeds(vectors, k, &mut Draw(seed)), vectors, rounds);
+    }
+    let mut book = Book { entries: Vec::with_capacity(k), free: Vec::with_capacity(k) };
+    let all = shares(vectors, k);
+    for (free, count) in &all {
+        let own = vectors.iter().filter(|v| v.free == *free).map(|v| (v.x[0], v.h[0]));
+        let means = if *free == 0 { vec![0.0; *count] } else { exact::means(own.collect(), *count) };
+        book.entries.extend(means.into_iter().map(|m| [m, 0.0]));
+        book.free.extend(vec![*free; *count]);
+    }
+    if all.len() > 1 {
+        // Numbers near zero may take the zero of the pinned ones.
+        return lloyd(book, vectors, rounds);
+    }
+    let finder = book.finder();
+    let loss = vectors.iter().map(|v| f64::from(finder.nearest(v).1)).sum();
+    (book, vec![loss])
+}
+
+/// At most `rounds` of Lloyd's from the entries of `book`; an entry without vectors takes over the one that fits worst.
+fn lloyd(mut book: Book, vectors: &[Vector], rounds: usize) -> (Book, Vec<f64>) {
     let (mut losses, mut of) = (Vec::new(), vec![0; vectors.len()]);
     let mut lost = vec![0.0_f32; vectors.len()];
     for _ in 0..rounds.max(1) {
@@ -302,6 +339,43 @@ mod tests {
         // Eight bits for entries cost less than a hundredth of that.
         book.round();
         assert!(loss(&book) < 1.01 * before);
+    }
+
+    #[test]
+    fn single_numbers_are_clustered_at_least_as_well_as_by_lloyd() {
+        for seed in 0..12 {
+            let (x, h) = (normal(seed, 700), normal(seed + 50, 700));
+            let one = |i: usize| Vector { x: [x[i], 0.0], h: [h[i].abs() + 0.01, 0.0], free: 1 };
+            let all: Vec<Vector> = (0..700).map(one).collect();
+            for k in [2, 3, 4, 8, 16] {
+                let own = *kmeans(&all, k, 1, seed).1.last().unwrap();
+                let theirs = *lloyd(seeds(&all, k, &mut Draw(seed)), &all, 100).1.last().unwrap();
+                assert!(own <= theirs * (1.0 + 1e-5), "{seed} {k}: {own} {theirs}");
+            }
+            // With a mask: entries, one of them zero.
+            let masked: Vec<Vector> = all
+                .iter()
+                .enumerate()
+                .map(|(i, v)| Vector {
+                    x: [if i % 3 == 0 { 0.0 } else { v.x[0] }, 0.0],
+                    free: u8::from(i % 3 > 0),
+                    ..*v
+                })
+                .collect();
+            let (book, losses) = kmeans(&masked, 8, 50, seed);
+            assert!(book.free.contains(&0) && losses.windows(2).all(|w| w[1] <= w[0] * (1.0 + 1e-6)), "{losses:?}");
+        }
+    }
+
+    #[test]
+    fn some_of_the_nearest() {
+        let all = vectors(9, 200, |i| (i % 4) as Free);
+        let finder = kmeans(&all, 16, 5, 7).0.finder();
+        for v in &all {
+            let three = finder.some_nearest(v, 3);
+            assert_eq!(three[0], finder.nearest(v).0);
+            assert!(three.len() <= 3 && (v.free < 3 || three.len() == 3));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{
     factor::Factor,
     rows,
     sweep::push,
-    tune::{Bound, Tuned, tune},
+    tune::{Bound, tune},
     vq::{self, Book, Vector},
 };
 use lacuna_core::compress::{Books, Layer};
@@ -12,6 +12,9 @@ use std::ops::Range;
 
 /// Columns that a book serves.
 const SPAN: usize = 256;
+
+/// Steps of tuning.
+const STEPS: usize = 10;
 
 /// Weights that a book of 2, 3 and 4 bits serves, by the published settings.
 pub const SERVED: [usize; 3] = [2048, 8192, 32768];
@@ -171,42 +174,61 @@ impl<'a> Sweep<'a> {
     /// Moves the entries to where the outputs change least, if that helps.
     pub fn tune(&mut self, gram: &[f64]) {
         let bound = Bound {
+            of_row: &self.of_row(),
+            steps: STEPS,
             layer: self.layer,
             weight: &self.turned.weight,
             gram,
             vectors: &self.turned.vectors,
             span: SPAN,
-            per_book: self.per_book,
             codes: &self.codes,
         };
-        if let Tuned::Better(books) = tune(&bound, &self.found) {
-            self.found = books;
-        }
+        self.found = tune(&bound, &self.found).0;
+    }
+
+    /// Which of the books of a span each row uses.
+    fn of_row(&self) -> Vec<u16> {
+        (0..self.layer.outputs).map(|r| (r / self.per_book) as u16).collect()
     }
 
     /// Everything in the order of the stored columns.
     pub fn books(&self) -> Books {
-        let (n, rows) = (self.layer.inputs, self.layer.outputs);
-        let mut books = Books {
-            bits: self.bits as u32,
-            span: SPAN,
-            of_row: (0..rows).map(|r| (r / self.per_book) as u16).collect(),
-            entries: Vec::new(),
-            exponents: Vec::new(),
-            codes: Vec::new(),
-        };
-        for book in self.found.iter().flatten() {
-            let (entries, exponent) = book.clone().round();
-            books.exponents.push(exponent);
-            match self.turned.size {
-                1 => books.entries.extend(vq::product(&entries.iter().map(|e| e[0]).collect::<Vec<_>>())),
-                _ => books.entries.extend(entries.as_flattened()),
+        let form = Form { columns: self.layer.inputs, size: self.turned.size, bits: self.bits, span: SPAN };
+        form.books(&self.found, self.of_row(), &self.codes)
+    }
+}
+
+/// How codes of a layer are stored.
+#[derive(Clone, Copy)]
+pub struct Form {
+    /// Columns.
+    pub columns: usize,
+    /// Numbers of a vector.
+    pub size: usize,
+    /// Bits of a weight.
+    pub bits: usize,
+    /// Columns that a book serves.
+    pub span: usize,
+}
+
+impl Form {
+    /// Books (by group of rows, then span), and the entry of every vector (`[rows, vectors]`), in the order of the stored
+    /// columns.
+    pub fn books(self, found: &[Vec<Book>], of_row: Vec<u16>, codes: &[u8]) -> Books {
+        let Self { columns, size, bits, span } = self;
+        let per_row = codes.len() / of_row.len().max(1);
+        let (mut entries, mut exponents) = (Vec::new(), Vec::new());
+        for book in found.iter().flatten() {
+            let (rounded, exponent) = book.clone().round();
+            exponents.push(exponent);
+            match size {
+                1 => entries.extend(vq::product(&rounded.iter().map(|e| e[0]).collect::<Vec<_>>())),
+                _ => entries.extend(rounded.as_flattened()),
             }
         }
-        for codes in self.codes.chunks_exact(self.turned.vectors.len().max(1)) {
-            books.codes.extend(pair_codes(codes, n, self.turned.size, self.bits));
-        }
-        books
+        let rows = codes.chunks_exact(per_row.max(1));
+        let codes = rows.flat_map(|row| pair_codes(row, columns, size, bits)).collect();
+        Books { bits: bits as u32, span, of_row, entries, exponents, codes }
     }
 }
 
