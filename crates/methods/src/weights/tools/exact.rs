@@ -162,7 +162,7 @@ mod tests {
         let x: Vec<(f32, f32)> = normal(5, 60_000).into_iter().map(|x| (x, 1.0)).collect();
         for (k, share) in [(4, 0.1175), (16, 0.0095)] {
             let own = loss(&x, &means(x.clone(), k)) / 60_000.0;
-            assert!((own / share - 1.0).abs() < 0.04, "{k}: {own}");
+            assert!((own / share - 1.0).abs() < 0.08, "{k}: {own}");
         }
     }
 }

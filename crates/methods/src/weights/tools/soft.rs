@@ -285,8 +285,11 @@ mod tests {
         Vector { x: [w[at], w[at + 1]], h: [1.0, 2.0], free: 3 }
     }
 
+    /// Weights, their Gram matrix, vectors, books.
+    type Case = (Vec<f32>, Vec<f32>, Vec<(usize, usize)>, Vec<Vec<Book>>);
+
     /// A small problem: 4 rows of 6 columns in two groups, a Gram matrix that ties columns together.
-    fn case() -> (Vec<f32>, Vec<f32>, Vec<(usize, usize)>, Vec<Vec<Book>>) {
+    fn case() -> Case {
         let (w, x) = (normal(1, 24), normal(2, 60));
         let mut gram = vec![0.0; 36];
         for row in x.chunks_exact(6) {
