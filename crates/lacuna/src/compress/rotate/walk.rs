@@ -271,7 +271,10 @@ impl Walk<'_> {
             done.layers.push(report);
             biases.extend(turned.bias.map(|b| (proj, b)));
             let weight = turned.weight;
-            changed.insert(proj, Changed { weight, kept: None, codes: None, books: None, low_rank: None, notes: Vec::new() });
+            changed.insert(
+                proj,
+                Changed { weight, kept: None, codes: None, books: None, low_rank: None, notes: Vec::new() },
+            );
         }
         let homes = &self.sliced.homes[layer];
         let format = |h: &Home| self.source.tensors.get(&h.tensor).map_or(Format::F32, |t| t.format);
