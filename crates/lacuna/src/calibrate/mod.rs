@@ -344,7 +344,12 @@ mod tests {
         assert_eq!(seen, [(0, 3, 4), (0, 4, 4)]);
         plan.check(2).unwrap();
         let label = plan.method.as_str();
-        assert_eq!((label, plan.entries.len(), notes.len()), ("relu,teal=0.5:prior=0", 2 * 6, 1));
+        assert_eq!((label, plan.entries.len()), ("relu,teal=0.5:prior=0", 2 * 6));
+        let begin = |note: &str, with: &str| note.starts_with(with);
+        assert!(
+            notes.len() == 3 && begin(&notes[0], "hot neurons") && begin(&notes[1], "firing together"),
+            "two of `relu`, one on what `teal` may not decide: {notes:?}"
+        );
         assert_eq!(plan.calibration_tokens, 4);
         assert!(plan.entries.iter().all(|e| e.kept == Some(0.5)));
         assert!(!plan.entries.iter().any(|e| matches!(e.rule, Rule::Inputs { proj: Proj::Up | Proj::Down, .. })));
