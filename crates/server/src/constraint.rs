@@ -130,16 +130,16 @@ impl Grammars {
     /// # Errors
     /// [`Refused::Invalid`] for a form that is too large, wrong, or not compiled in time; [`Refused::Busy`].
     pub fn compile(&self, form: &Form, limits: &Limits) -> Result<Constraint, Refused> {
-        let grammar = grammar(form, limits).map_err(Refused::Invalid)?;
+        check(form, limits).map_err(Refused::Invalid)?;
         let before = self.running.fetch_add(1, Ordering::AcqRel);
         let guard = Running(Arc::clone(&self.running));
         if before >= limits.running {
             return Err(Refused::Busy(before));
         }
         let (send, receive) = sync_channel(1);
-        let factory = Arc::clone(&self.factory);
+        let (factory, owned) = (Arc::clone(&self.factory), form.clone());
         let work = move || {
-            let made = compile(&factory, grammar);
+            let made = grammar(owned).and_then(|grammar| compile(&factory, grammar));
             drop(guard);
             // A receiver that is gone has given up waiting.
             let _ = send.send(made);
@@ -235,8 +235,8 @@ fn trie(tokenizer: &Tokenizer) -> TokEnv {
     Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words).with_eos_tokens(&ends)))
 }
 
-/// What llguidance is to compile.
-fn grammar(form: &Form, limits: &Limits) -> Result<TopLevelGrammar, String> {
+/// Sizes that are refused without compiling.
+fn check(form: &Form, limits: &Limits) -> Result<(), String> {
     let size = |what: &str, len: usize| match len <= limits.bytes {
         true => Ok(()),
         false => Err(format!("the {what} has {len} bytes, at most {} are allowed", limits.bytes)),
@@ -246,29 +246,35 @@ fn grammar(form: &Form, limits: &Limits) -> Result<TopLevelGrammar, String> {
         false => Err(format!("the {what} nests {deepest} levels deep, at most {} are allowed", limits.depth)),
     };
     match form {
-        Form::JsonObject => Ok(schema(json!({"type": "object"}), false)),
-        Form::Schema { schema: value, strict } => {
-            if !value.is_object() && !value.is_boolean() {
+        Form::JsonObject => Ok(()),
+        Form::Schema { schema, .. } => {
+            if !schema.is_object() && !schema.is_boolean() {
                 return Err("the schema is not an object".into());
             }
-            depth("schema", json_depth(value))?;
-            let text = value.to_string();
-            size("schema", text.len())?;
-            depth("schema", patterns(value))?;
-            Ok(schema(value.clone(), *strict))
+            depth("schema", json_depth(schema))?;
+            size("schema", schema.to_string().len())?;
+            depth("schema", patterns(schema))
         }
         Form::Grammar(text) => {
             size("grammar", text.len())?;
-            depth("grammar", brackets(text))?;
-            let lark = if gbnf::is(text) { gbnf::to_lark(text)? } else { text.clone() };
-            Ok(TopLevelGrammar::from_lark(lark))
+            depth("grammar", brackets(text))
         }
         Form::Regex(text) => {
             size("regex", text.len())?;
-            depth("regex", brackets(text))?;
-            Ok(TopLevelGrammar::from_regex(text))
+            depth("regex", brackets(text))
         }
     }
+}
+
+/// What llguidance is to compile.
+fn grammar(form: Form) -> Result<TopLevelGrammar, String> {
+    Ok(match form {
+        Form::JsonObject => schema(json!({"type": "object"}), false),
+        Form::Schema { schema: value, strict } => schema(value, strict),
+        Form::Grammar(text) if gbnf::is(&text) => TopLevelGrammar::from_lark(gbnf::to_lark(&text)?),
+        Form::Grammar(text) => TopLevelGrammar::from_lark(text),
+        Form::Regex(text) => TopLevelGrammar::from_regex(&text),
+    })
 }
 
 fn schema(mut value: Value, strict: bool) -> TopLevelGrammar {

@@ -138,6 +138,59 @@ fn grammars_in_lark_and_gbnf_and_regexes() {
     assert!(date.len() == 7 && date.as_bytes()[4] == b'-', "{date}");
 }
 
+/// Whether the grammar lets `text` through byte by byte, and lets it end there.
+fn takes(grammars: &Grammars, grammar: &str, text: &str) -> bool {
+    let mut constraint = grammars.compile(&Form::Grammar(grammar.into()), &Limits::default()).expect(grammar);
+    // The bytes of [`spm`] follow three special tokens, of which the last ends a text.
+    let allowed = |constraint: &mut Constraint, id: u32| {
+        let mut logits = vec![0f32; spm().len()];
+        constraint.mask(&mut logits).expect("a mask");
+        logits[id as usize] == 0.0
+    };
+    text.bytes().all(|b| {
+        let id = 3 + u32::from(b);
+        allowed(&mut constraint, id) && constraint.accept(id).is_ok()
+    }) && allowed(&mut constraint, 2)
+}
+
+#[test]
+fn gbnf_takes_every_reading_of_a_text() {
+    let grammars = Grammars::new(&spm()).expect("a vocabulary");
+    let json = r#"
+        root   ::= object
+        value  ::= object | array | string | number | ("true" | "false" | "null") ws
+        object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+        array  ::= "[" ws ( value ("," ws value)* )? "]" ws
+        string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+        number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+        ws     ::= | " " | "\n" [ \t]{0,20}"#;
+    let cases: [(&str, &[&str], &[&str]); 6] = [
+        // What a lexer would take as the longer word.
+        ("root ::= \"a\" \"b\" | \"ab\" \"c\"", &["ab", "abc"], &["a", "abcc", ""]),
+        (
+            "root ::= x+\nx ::= \"a\" \"b\" | \"ab\" \"c\" | \"(\" x \")\"",
+            &["ab", "abc", "ab(abc)ab", "((ab))"],
+            &["a", "(ab", "abcc"],
+        ),
+        ("root ::= [a-z]+ \"x\"", &["ax", "axx", "xxxx"], &["x", "ab"]),
+        (
+            "root ::= \"let \" [a-z]+ \"=\" root | [a-z]+ \";\"",
+            &["let a=let;", "let;", "let let=let b=c;"],
+            &["let a=b", "let ;"],
+        ),
+        ("root ::= [a&&b] [^\\]~~\\x2d] \"/\"? root?", &["a/", "&ab/", "bü"], &["a-", "c", "a~"]),
+        (
+            json,
+            &["{}", "{\"a\": [1, -2.5e+7,{\"\\u00e9\\n\" :true}], \"b\":null}", "{ } "],
+            &["{\"a\":01}", "[1]", "{\"a\":tru}"],
+        ),
+    ];
+    for (grammar, good, bad) in cases {
+        good.iter().for_each(|text| assert!(takes(&grammars, grammar, text), "{grammar}: {text:?} is refused"));
+        bad.iter().for_each(|text| assert!(!takes(&grammars, grammar, text), "{grammar}: {text:?} is taken"));
+    }
+}
+
 #[test]
 fn a_forbidden_token_breaks_only_its_own_answer() {
     let tokenizer = embedded();
@@ -297,7 +350,7 @@ fn computed() -> Duration {
 
 /// Row 18 wants 99 of 100 masks within 5 ms, for forms as people write them and for hostile ones that compile. This prints what
 /// they take (`docs/server.md` has the figures) and fails where one takes ten times that: an ambiguous grammar took 280 ms
-/// before the limits bounded it. Classes of letters in GBNF with 128,000 tokens are apart (6 to 15 ms on a busy machine).
+/// before the limits bounded it.
 #[test]
 fn masks_take_milliseconds() {
     let person = json!({
@@ -310,7 +363,15 @@ fn masks_take_milliseconds() {
         "required": ["name", "mail", "tags", "more"]
     });
     let many: serde_json::Map<String, Value> = (0..500).map(|i| (format!("p{i}"), json!({"type": "string"}))).collect();
-    let usual = [Form::JsonObject, form(person), Form::Regex("[A-Z][a-z]+( [a-z]+)*\\.".into())];
+    // Lists, and nested ones: letters in a row are one terminal, where those of single characters took 6 to 15 ms.
+    let list = |root: &str| Form::Grammar(format!("root ::= {root}\nitem ::= \"- \" [a-z ]+ \"\\n\""));
+    let usual = [
+        Form::JsonObject,
+        form(person),
+        Form::Regex("[A-Z][a-z]+( [a-z]+)*\\.".into()),
+        list("item+"),
+        list("item (\"{\" root \"}\" | item)*"),
+    ];
     let hostile = [
         form(json!({"type": "object", "properties": many})),
         form(json!({"enum": (0..5000).map(|i| format!("value{i}")).collect::<Vec<_>>()})),
@@ -321,14 +382,10 @@ fn masks_take_milliseconds() {
         Form::Grammar("start: start start | /[a-z]/".into()),
         Form::Grammar("start: a | b | c\na: /[a-z]*/ \"x\"\nb: /[a-z ]*/ \"y\"\nc: /.*/ \"z\"".into()),
     ];
-    // Classes of GBNF are matched letter by letter, each token of a large vocabulary anew.
-    let letters = [Form::Grammar("root ::= item+\nitem ::= \"- \" [a-z ]+ \"\\n\"".into())];
     for (size, tokenizer) in [(4096, embedded()), (128_000, large())] {
         assert_eq!(tokenizer.len(), size);
         let grammars = Grammars::new(&tokenizer).expect("a vocabulary");
-        let most = [50, 50, if size > 100_000 { 150 } else { 50 }].map(Duration::from_millis);
-        let kinds = [("usual", &usual[..]), ("hostile", &hostile[..]), ("letters", &letters[..])];
-        for ((kind, forms), most) in kinds.into_iter().zip(most) {
+        for (kind, forms) in [("usual", &usual[..]), ("hostile", &hostile[..])] {
             // Who shares the caches costs time that counts, so the best of three is taken.
             let p99 = (0..3).map(|_| {
                 let times = masks(&grammars, forms, size);
@@ -337,7 +394,7 @@ fn masks_take_milliseconds() {
                 assert!(n > 100, "{size} tokens, {kind}: {n}");
                 p99
             });
-            let good = |p99: Duration| p99 <= most || cfg!(debug_assertions);
+            let good = |p99: Duration| p99 <= Duration::from_millis(50) || cfg!(debug_assertions);
             assert!(p99.into_iter().any(good), "{size} tokens, {kind}");
         }
     }
