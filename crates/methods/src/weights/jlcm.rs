@@ -200,7 +200,9 @@ mod tests {
     #[test]
     fn columns_of_one_kind_share_books() {
         let mut case = Case::random(33, 64, 256, 400);
-        case.weight.iter_mut().enumerate().for_each(|(i, w)| *w *= if i % 256 < 128 { 0.02 } else { 1.0 });
+        for (i, w) in case.weight.iter_mut().enumerate() {
+            *w = 0.05 * *w + if i % 256 < 128 { 1.0 } else { -1.0 };
+        }
         let out = run(&Jlcm, &[("bits", 2.0), ("steps", 0.0)], &case.layer()).unwrap();
         assert_eq!(out.books.as_ref().unwrap().span, 128);
         assert!(out.books.as_ref().unwrap().of_row.iter().max().unwrap() > &1, "rows share books too");
