@@ -261,6 +261,24 @@ fn a_plan_for_other_weights_or_places_is_refused() {
 }
 
 #[test]
+fn projections_of_one_vector_run_sparse_together_or_not_at_all() {
+    let llama = model(&fixtures().into_iter().find(|d| d.ends_with("llama2")).unwrap());
+    let dense = |kept: [(Proj, f32); 3]| {
+        let entry = |(proj, kept)| Entry { layer: 1, rule: Rule::inputs(proj, Selector::non_zero()), kept: Some(kept) };
+        let (model, method) = (llama.hash.clone(), String::from("by hand"));
+        let entries = kept.map(entry).into();
+        let plan = Plan { version: PLAN_VERSION, model, method, calibration_tokens: 0, entries, decoding: None };
+        compiled(&plan, &llama, false).notes.iter().filter_map(|n| Some(n.split_once(" stays")?.0.to_owned())).collect()
+    };
+    // The share that is not measured is 0.7; gate and up have one size here.
+    let none: Vec<String> = vec![];
+    assert_eq!(dense([(Proj::Gate, 0.5), (Proj::Up, 0.85), (Proj::Down, 0.6)]), none);
+    let both: Vec<String> = dense([(Proj::Gate, 0.6), (Proj::Up, 0.85), (Proj::Down, 0.6)]);
+    assert_eq!(both, ["mlp.gate", "mlp.up"]);
+    assert_eq!(dense([(Proj::Gate, 0.6), (Proj::Up, 0.7), (Proj::Down, 0.8)]), ["mlp.down"]);
+}
+
+#[test]
 fn quantised_files_run_from_cached_copies_of_the_same_numbers() {
     for kind in ["q8_0", "q4_0"] {
         let Some(file) = shared(&format!("models/stories260K/gguf/stories260K-{kind}.gguf")) else { return };

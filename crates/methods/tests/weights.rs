@@ -202,8 +202,9 @@ fn a_matrix_that_cannot_be_factored_is_told_and_never_replaced() {
     let pool = Pool::new(1);
     for m in methods() {
         let sight = m.compressor().unwrap().sight(&Params::new(*m, []).unwrap());
-        // These two take products with the matrix and factor nothing.
-        if sight != Sight::Gram || ["gpfq", "awq"].contains(&m.name()) {
+        // These take products with the matrix and factor nothing (`jlcm` solves for its entries by conjugate gradients, and takes
+        // the result only where it loses less).
+        if sight != Sight::Gram || ["gpfq", "awq", "jlcm"].contains(&m.name()) {
             continue;
         }
         let mut case = Case::new(10, 3, 16);

@@ -111,7 +111,7 @@ fn neurons_are_dropped_alone_and_where_there_are_some() {
     };
     assert!(error(&fixture("llama2"), "cfsp=0.5,rtn=4:group=2", Ratios::Uniform).contains("run it alone"));
     assert!(error(&fixture("mixtral"), "cfsp=0.5", Ratios::Uniform).contains("experts"));
-    assert!(error(&fixture("llama2"), "cfsp=0.5", Ratios::Loss).contains("whole neurons"));
+    assert!(error(&fixture("llama2"), "cfsp=0.5", Ratios::Loss).contains("use uniform or angular ratios"));
     let none = request(&fixture("llama2"), &dir.path().join("out"), "magnitude=0.5", None);
     assert!(run(&Request { ratios: Ratios::Angular, ..none }).unwrap_err().to_string().contains("-f FILE"));
 }

@@ -33,8 +33,12 @@ fn default_zeros(format: Format) -> f32 {
     }
 }
 
-/// Raised when kernels change their speed: what was measured with others is measured again.
-const KERNELS: u32 = 2;
+/// Raised when kernels change their speed, or the way it is measured: what was measured before is measured again.
+const KERNELS: u32 = 3;
+
+/// How much of the dense time a product with chosen channels may take: shares differ from token to token, and measurements
+/// from hour to hour, while a layer that stays dense loses nothing.
+const FOLLOWED: f64 = 0.97;
 
 /// How much of the dense time a bitmap may take: prefill pays for unpacking it.
 const WORTH: f64 = 0.9;
@@ -112,40 +116,34 @@ fn file(root: &Path, threads: usize) -> PathBuf {
     root.join(format!("break-even-{KERNELS}-{}-{threads}.json", isa::get().name()))
 }
 
-/// Measures the kept share at which selecting and summing kept columns takes as long as the dense dot form, for a
-/// matrix of `outputs` by `inputs`. Time is taken as `a + b * share`; dense and sparse runs alternate, so that a
-/// machine that slows down slows both. Matrices together exceed the caches.
+/// Measures the kept share at which selecting and summing kept columns takes [`FOLLOWED`] of the time of the dense dot form,
+/// for a matrix of `outputs` by `inputs`. Time is taken as `a + b * share`.
 ///
 /// # Panics
 /// If `inputs` or `outputs` is not a multiple of the format's block.
 pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f32 {
     const BYTES: usize = 160 << 20;
-    const ROUNDS: usize = 7;
     let dot = sample(format, outputs, inputs);
     let axpy = by_channels(&dot);
     let copies = (BYTES / 2).div_ceil(dot.bytes().len().max(1)).clamp(1, 256);
-    let copy = |w: &Weight| {
-        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec()))
-            .expect("a copy of a weight")
-    };
-    let (dots, axpys): (Vec<_>, Vec<_>) = (0..copies).map(|_| (copy(&dot), copy(&axpy))).unzip();
+    let (dots, axpys) = (many(&dot, copies), many(&axpy, copies));
     let x: Vec<f32> = (0..inputs).map(|i| ((i * 7919) % inputs) as f32 + 1.0).collect();
     let mut y = vec![0.0; outputs];
-    let (mut dense, mut low, mut high) = (vec![], vec![], vec![]);
-    for _ in 0..ROUNDS {
-        dense.push(time(|| dots.iter().for_each(|w| run_dense(pool, w, &x, &mut y))));
-        for (share, times) in [(0.25, &mut low), (0.75, &mut high)] {
-            // The values of x are 1..=inputs in mixed order.
-            let threshold = inputs as f32 * (1.0 - share);
-            times.push(time(|| axpys.iter().for_each(|w| run_sparse(pool, w, &x, threshold, &mut y))));
+    // The values of x are 1..=inputs in mixed order.
+    let threshold = |share: f32| inputs as f32 * (1.0 - share);
+    let work = |form, i: usize| match form {
+        0 => run_dense(pool, &dots[i], &x, &mut y),
+        1 => run_sparse(pool, &axpys[i], &x, threshold(0.25), &mut y),
+        _ => run_sparse(pool, &axpys[i], &x, threshold(0.75), &mut y),
+    };
+    typical(copies, work, |[dense, low, high]| {
+        let (dense, per_share) = (dense * FOLLOWED, (high - low) / 0.5);
+        match per_share > 0.0 {
+            true => 0.25 + (dense - low) / per_share,
+            false if high < dense => 1.0,
+            false => 0.0,
         }
-    }
-    let [dense, low, high] = [dense, low, high].map(median);
-    let per_share = (high - low) / 0.5;
-    if per_share <= 0.0 {
-        return DEFAULT_BREAK_EVEN;
-    }
-    ((dense - (low - 0.25 * per_share)) / per_share).clamp(0.0, 1.0) as f32
+    })
 }
 
 /// Measures the share of zeros at which a product with a bitmap takes nine tenths of the time of the dense one, for a matrix
@@ -155,41 +153,51 @@ pub fn measure(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f3
 /// If the format has no bitmaps, or `inputs` is not a multiple of its block.
 pub fn measure_zeros(pool: &Pool, format: Format, outputs: usize, inputs: usize) -> f32 {
     const BYTES: usize = 120 << 20;
-    const ROUNDS: usize = 7;
     let pruned = [0.25, 0.75].map(|zeros| scattered(format, outputs, inputs, zeros));
     let copies = BYTES.div_ceil(pruned[0].bytes().len().max(1)).clamp(1, 64);
-    let copy = |w: &Weight| {
-        Weight::new(w.format(), w.orientation(), outputs, inputs, Bytes::from(w.bytes().to_vec()))
-            .expect("a copy of a weight")
-    };
-    let many = |w: &Weight| (0..copies).map(|_| copy(w)).collect::<Vec<_>>();
-    let (dense, packed) = (many(&pruned[0]), pruned.map(|w| many(&bitmap_of(&w))));
+    let (dense, packed) = (many(&pruned[0], copies), pruned.map(|w| many(&bitmap_of(&w), copies)));
     let x: Vec<f32> = (0..inputs).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut y = vec![0.0; outputs];
     let mut operand = gemv::Operand::new();
     operand.prepare(&x, &[format, bitmap::operand(format)]);
-    let mut times = [vec![], vec![], vec![]];
-    for _ in 0..ROUNDS {
-        times[0].push(time(|| {
-            for w in &dense {
-                gemv::run(pool, &mut [gemv::Job { w: w.matrix(), x: &operand, y: &mut y }]);
-            }
-        }));
-        for (packed, times) in packed.iter().zip(&mut times[1..]) {
-            times.push(time(|| {
-                for w in packed {
-                    bitmap::run(pool, &mut [bitmap::Job { w: w.bitmap(), x: &[&operand], y: &mut y }]);
-                }
-            }));
+    let work = |form, i: usize| match form {
+        0 => gemv::run(pool, &mut [gemv::Job { w: dense[i].matrix(), x: &operand, y: &mut y }]),
+        n => bitmap::run(pool, &mut [bitmap::Job { w: packed[n - 1][i].bitmap(), x: &[&operand], y: &mut y }]),
+    };
+    typical(copies, work, |[dense, low, high]| {
+        let (dense, per_share) = (dense * WORTH, (low - high) / 0.5);
+        match high < dense && per_share > 0.0 {
+            true => 0.25 + (low - dense) / per_share,
+            false if low < dense => 0.25,
+            false => 1.0,
         }
-    }
-    let [dense, low, high] = times.map(median);
-    let dense = dense * WORTH;
-    let per_share = (low - high) / 0.5;
-    if high >= dense || per_share <= 0.0 {
-        return if low < dense { 0.25 } else { 1.0 };
-    }
-    (0.25 + (low - dense) / per_share).clamp(0.0, 1.0) as f32
+    })
+}
+
+/// The median, over several rounds, of the share that `share` makes of the seconds of `work` in its three forms. A round runs each
+/// form over all matrices, which together exceed the caches; one round's times are compared with each other alone, so that
+/// a machine that slows down slows all forms.
+fn typical(matrices: usize, mut work: impl FnMut(usize, usize), share: impl Fn([f64; 3]) -> f64) -> f32 {
+    const ROUNDS: usize = 9;
+    let mut round = || {
+        share([0, 1, 2].map(|form| {
+            let start = Instant::now();
+            (0..matrices).for_each(|matrix| work(form, matrix));
+            start.elapsed().as_secs_f64()
+        }))
+    };
+    let mut shares: Vec<f64> = (0..ROUNDS).map(|_| round()).collect();
+    shares.sort_unstable_by(f64::total_cmp);
+    shares[ROUNDS / 2].clamp(0.0, 1.0) as f32
+}
+
+/// Copies of a matrix that share no memory.
+fn many(w: &Weight, copies: usize) -> Vec<Weight> {
+    let copy = |_| {
+        Weight::new(w.format(), w.orientation(), w.outputs(), w.inputs(), Bytes::from(w.bytes().to_vec()))
+            .expect("a copy of a weight")
+    };
+    (0..copies).map(copy).collect()
 }
 
 /// A weight with about a share of `zeros` at scattered places.
@@ -226,17 +234,6 @@ fn run_sparse(pool: &Pool, w: &Weight, x: &[f32], threshold: f32, y: &mut [f32])
     let (mut index, mut value) = (Vec::new(), Vec::new());
     select::magnitude(isa::get(), x, threshold, &mut index, &mut value);
     axpy::run(pool, &mut [axpy::Job { w: w.columns(), index: &index, value: &value, y }]);
-}
-
-fn time(work: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    work();
-    start.elapsed().as_secs_f64()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 #[cfg(test)]

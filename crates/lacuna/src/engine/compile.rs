@@ -101,7 +101,7 @@ pub fn compile(
     for entry in &plan.entries {
         let all = Place::all(entry, model)?;
         let weight = all.first().map(|p| p.weight(model));
-        match weight.and_then(|w| dense_share(entry, w, &options.break_even)) {
+        match weight.and_then(|w| dense_share((plan, entry), (model, w), &options.break_even)) {
             Some(reason) => notes.add(reason, entry),
             None => places.extend(all),
         }
@@ -222,16 +222,52 @@ fn columns_of(rule: &Rule) -> Proj {
     }
 }
 
-/// Why an entry does not pay, if it does not.
-fn dense_share(entry: &Entry, weight: &Weight, break_even: &BreakEven) -> Option<String> {
-    let format = CopyForm::for_weight(weight).0.format;
+/// Why an entry of a plan does not pay, if it does not. Projections of one vector are followed together or not at all: a part of
+/// them dense and a part sparse costs a region of its own, and both forms of the vector.
+fn dense_share(
+    (plan, entry): (&Plan, &Entry),
+    (model, weight): (&Model, &Weight),
+    break_even: &BreakEven,
+) -> Option<String> {
     if entry.rule.selector().unit {
         return None;
     }
+    let block = &model.blocks[entry.layer];
+    let company: Vec<_> = match entry.rule {
+        Rule::Inputs { proj, .. } => {
+            let reads_the_same = |e: &&Entry| {
+                e.layer == entry.layer
+                    && matches!(e.rule, Rule::Inputs { proj: other, .. } if of_one_vector(proj, other))
+                    && block.linear(columns_of(&e.rule)).is_some()
+            };
+            plan.entries.iter().filter(reads_the_same).collect()
+        }
+        _ => vec![entry],
+    };
+    let (mut all, mut kept) = (0.0, 0.0);
+    for e in &company {
+        let weight = block.linear(columns_of(&e.rule)).map_or(weight, |l| &l.weight);
+        let bytes = weight.bytes().len() as f32;
+        all += bytes;
+        kept += bytes * (e.kept? + low_rank_share(&e.rule, weight));
+    }
+    let format = CopyForm::for_weight(weight).0.format;
     let limit = break_even.share(format);
-    entry.kept.filter(|k| *k + low_rank_share(&entry.rule, weight) > limit)?;
     let place = entry.rule.place();
-    Some(format!("{place} stays dense: more than {limit:.2} is kept, the break-even share of {}", format.name()))
+    let together = if company.len() > 1 { " on average of what reads the same vector" } else { "" };
+    let reason = format!("more than {limit:.2} is kept{together}, the break-even share of {}", format.name());
+    (kept > limit * all).then(|| format!("{place} stays dense: {reason}"))
+}
+
+/// Whether two projections read the same vector.
+fn of_one_vector(a: Proj, b: Proj) -> bool {
+    let group = |p| match p {
+        Proj::Q | Proj::K | Proj::V => 0,
+        Proj::O => 1,
+        Proj::Gate | Proj::Up => 2,
+        Proj::Down => 3,
+    };
+    group(a) == group(b)
 }
 
 /// Bytes of a rule's low-rank part relative to those of the weight.

@@ -184,7 +184,7 @@ mod tests {
     /// Rows of `n` numbers in a space of `rank` directions.
     fn data(n: usize, rank: usize, tokens: usize) -> Vec<f64> {
         let (a, b) = (normal(1, tokens * rank), normal(2, rank * n));
-        let at = |t: usize, j: usize| (0..rank).map(|r| f64::from(a[t * rank + r] * b[r * n + j])).sum();
+        let at = |t: usize, j: usize| (0..rank).map(|r| f64::from(a[t * rank + r]) * f64::from(b[r * n + j])).sum();
         (0..tokens * n).map(|i| at(i / n, i % n)).collect()
     }
 
