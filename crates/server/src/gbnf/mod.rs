@@ -3,7 +3,7 @@
 //! llguidance matches terminals, which are regular expressions, as a lexer does: the longest match counts. GBNF knows no lexer;
 //! it means every way to read a text. A grammar without recursion therefore becomes one regular expression. In others, pieces
 //! without recursion become terminals as far as no match of a terminal begins with a match of one
-//! ([`terminals::clashes`]), and the rest stays single characters: always right, but masks take longer.
+//! (`terminals::clashes`), and the rest stays single characters: always right, but masks take longer.
 
 mod parse;
 mod terminals;
