@@ -20,8 +20,11 @@ const DEEPEST: usize = 60;
 const RUN: usize = 12;
 /// Most bytes of expressions that are built of items in a row.
 const BYTES: usize = 16 << 20;
-/// Most automata that are built to find the terminals of one grammar.
+/// Most automata that are built to find the terminals of one grammar. One that grows too large takes as long as many others: up to
+/// 20 ms, for which nobody who waits has the time often.
 const TRIALS: usize = 300;
+/// What one that grows too large counts.
+const TOO_LARGE: usize = 30;
 /// After so many attempts to find terminals that do not clash, there are none but single characters.
 const PASSES: usize = 16;
 
@@ -320,7 +323,11 @@ impl Writer {
             return good.then_some(made.text);
         }
         self.trials = self.trials.checked_sub(1)?;
-        let good = terminals::clashes(&[&made.text]).is_some_and(|clashing| clashing.is_empty());
+        let clashing = terminals::clashes(&[&made.text]);
+        if clashing.is_none() {
+            self.trials = self.trials.saturating_sub(TOO_LARGE);
+        }
+        let good = clashing.is_some_and(|clashing| clashing.is_empty());
         self.tried.insert(made.text.clone(), good);
         good.then_some(made.text)
     }

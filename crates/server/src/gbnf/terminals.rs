@@ -12,9 +12,9 @@ use regex_automata::{
 use std::collections::{HashMap, HashSet};
 
 /// Most bytes of an automaton; larger ones count as clashing.
-const AUTOMATON: usize = 4 << 20;
+const AUTOMATON: usize = 1 << 20;
 /// Most states that are walked.
-const STATES: usize = 20_000;
+const STATES: usize = 5_000;
 
 /// Numbers of the terminals (regular expressions) with a match that begins with a shorter match of one. `None` if that cannot
 /// be said with bounded work.

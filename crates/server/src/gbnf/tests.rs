@@ -94,7 +94,10 @@ fn large_grammars_are_written_in_bounded_time() {
     let chain: String = (0..6000).map(|i| format!("r{i} ::= r{} r{}\n", i + 1, i + 1)).collect();
     let long = format!("root ::= {} root?\na ::= \"{}\" [a-z]", "a ".repeat(60_000), "x".repeat(4000));
     let words: String = (0..8000).map(|i| format!("\"word{i}\" root | ")).collect();
+    // Automata that double with every character: 17 s before they counted more.
+    let doubling: String = (0..300).map(|i| format!("\"{i}\" .* \"a\" .{{{}}} \"b{i}\" root | ", 8 + i % 5)).collect();
     for text in [
+        format!("root ::= {doubling} \"end\""),
         format!("root ::= r0\n{chain}r6000 ::= \"x\""),
         format!("root ::= r0 root?\n{chain}r6000 ::= \"x\""),
         long,
