@@ -28,7 +28,7 @@ use lacuna_methods::{
 use std::{
     io::{IsTerminal, Write, stderr, stdout},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Arguments of `lacuna compress`.
@@ -384,14 +384,20 @@ impl std::fmt::Display for Line<'_> {
     }
 }
 
+fn seconds(time: Duration) -> String {
+    if time.is_zero() { "-".into() } else { format!("{:.1} s", time.as_secs_f64()) }
+}
+
 fn summary(report: &Report, start: Instant) -> Table {
-    let mut table = Table::new(&["layers", "dropped:", "weights before:", "after:", "time:"]);
+    let mut table = Table::new(&["layers", "dropped:", "weights before:", "after:", "time:", "observing:", "solving:"]);
     table.row([
         report.layers.len().to_string(),
         text::percent(report.sparsity()),
         text::bytes(report.bytes.0),
         text::bytes(report.bytes.1),
-        format!("{:.1} s", start.elapsed().as_secs_f64()),
+        seconds(start.elapsed()),
+        seconds(report.spent.observing),
+        seconds(report.spent.solving),
     ]);
     table
 }

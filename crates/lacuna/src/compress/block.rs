@@ -27,7 +27,12 @@ use lacuna_core::{
 };
 use lacuna_kernels::{Format, Matrix, Pool, convert::decode_run, gemm};
 use lacuna_methods::registry::Resolved;
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// A model of one block, ready to run.
 pub struct Runner {
@@ -92,8 +97,12 @@ impl Runner {
         for i in 0..hidden.len() {
             probe.observed(0, &hidden.get(i)?, &mut gather)?;
             if let Some((Point::Input { proj, .. }, value)) = gather.broken {
-                let token = gather.seen.iter().map(|s| s.1.tokens).max().unwrap_or(0);
-                return Err(MethodError::NonFinite { point: Point::Input { layer, proj }, value, token }.into());
+                return Err(MethodError::NonFinite {
+                    point: Point::Input { layer, proj },
+                    value,
+                    token: gather.tokens(),
+                }
+                .into());
             }
         }
         let named = |(point, inputs): (Point, Inputs)| match point {
@@ -126,6 +135,22 @@ pub struct Task<'a> {
     pub pairs: Vec<Proj>,
 }
 
+/// Where time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// Passes of the text through blocks, Gram matrices included.
+    pub observing: Duration,
+    /// New weights and their errors.
+    pub solving: Duration,
+}
+
+impl std::ops::AddAssign for Spent {
+    fn add_assign(&mut self, other: Self) {
+        self.observing += other.observing;
+        self.solving += other.solving;
+    }
+}
+
 /// What became of a block.
 #[derive(Default)]
 pub struct Compressed {
@@ -137,6 +162,8 @@ pub struct Compressed {
     pub layers: Vec<LayerReport>,
     /// What a user should know.
     pub notes: Vec<String>,
+    /// Where the time went.
+    pub spent: Spent,
 }
 
 impl Task<'_> {
@@ -164,11 +191,14 @@ impl Task<'_> {
         groups.retain(|g| block.linear(g[0]).is_some());
         let width = |proj: Proj| shape.projection(proj).map_or(0, |p| p.1);
         let all: Vec<_> = groups.iter().map(|g| (g[0], width(g[0]))).collect();
+        let start = Instant::now();
         let mut seen = match (&mut hidden, self.sight()) {
             (Some(hidden), Sight::Norms) => runner.observe(self.layer, hidden, &all, false)?,
             _ => BTreeMap::new(),
         };
+        out.spent.observing = start.elapsed();
         for (group, observed) in groups.iter().zip(&all) {
+            let start = Instant::now();
             if let (Some(hidden), Sight::Gram) = (&mut hidden, self.sight()) {
                 if !out.changed.is_empty() {
                     runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
@@ -176,6 +206,7 @@ impl Task<'_> {
                 seen = runner.observe(self.layer, hidden, &[*observed], true)?;
             }
             let mut here = seen.remove(&observed.0);
+            let observed = Instant::now();
             if let Some(factors) = self.factors(group, &block, here.as_ref(), runner.pool())? {
                 fold::into(&mut block, group, &factors);
                 here.iter_mut().for_each(|seen| fold::seen(seen, &factors));
@@ -191,6 +222,7 @@ impl Task<'_> {
                 out.layers.push(report);
                 out.changed.insert(*proj, changed);
             }
+            out.spent += Spent { observing: observed - start, solving: observed.elapsed() };
         }
         Ok(out)
     }
@@ -357,9 +389,14 @@ pub(super) fn rounded(values: &[f32], format: Format) -> Vec<f32> {
     out
 }
 
-/// The weight that stands in for a compressed one while the rest of the block is observed.
+/// The weight that stands in for a compressed one while the rest of the block is observed. Codes become numbers as exact as
+/// those of the model: blocks and BF16 are multiplied in BF16 too, four times as fast as F32 where there are tiles.
 fn replaced(changed: &Changed, linear: &Linear) -> Weight {
-    let format = if changed.codes.is_some() { Format::F32 } else { linear.weight.format() };
+    let format = match (linear.weight.format(), &changed.codes) {
+        (format, None) => format,
+        (Format::F32 | Format::F16, _) => Format::F32,
+        _ => Format::Bf16,
+    };
     let bytes = super::tensors::numbers(format, &changed.weight);
     let (outputs, inputs) = (linear.weight.outputs(), linear.weight.inputs());
     Weight::new(format, Orientation::OutputMajor, outputs, inputs, bytes.into()).expect("as many numbers as before")

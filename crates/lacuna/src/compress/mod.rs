@@ -43,6 +43,7 @@ use crate::{
         spec::{MlpSpec, Spec},
     },
 };
+pub use block::Spent;
 #[cfg(test)]
 pub(crate) use block::decoded;
 use block::{Runner, Task};
@@ -69,6 +70,7 @@ pub use soup::{SoupReport, soup};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Instant,
 };
 use store::{Finished, Work};
 use tensors::{Target, block_format, finished, packed, packed_name, stored_bits};
@@ -173,6 +175,8 @@ pub struct Report {
     pub resumed: usize,
     /// The divergence on the held-out windows, if that was searched for.
     pub divergence: Option<f64>,
+    /// Where the time of this run went; the rest was reading and writing.
+    pub spent: Spent,
 }
 
 impl Report {
@@ -261,13 +265,16 @@ fn run(request: &Request, found: Option<Found<'_>>, progress: &mut dyn FnMut(Pro
             None => {
                 let task = plan.task(&model, &checkpoint.source, layer);
                 let done = task.run(hidden.as_mut(), &mut |l| progress(Progress::Layer(l)))?;
+                report.spent += done.spent;
                 let made = plan.tensors(layer, &checkpoint.source, &done);
                 let layers = plan.with_bytes(layer, &checkpoint.source, done.layers, &made);
                 work.add(layer, &made, layers, done.notes)?
             }
         };
         if let (Some(hidden), true) = (&mut hidden, layer + 1 < all) {
+            let start = Instant::now();
             plan.advance(&model, &checkpoint.source, layer, &tensors, hidden)?;
+            report.spent.observing += start.elapsed();
         }
         release(&model, layer);
         report.layers.extend(note.layers);

@@ -4,7 +4,7 @@
 
 use super::{
     LayerReport, Plan,
-    block::{Compressed, Runner, Task, decoded, output_error, relative, rounded},
+    block::{Compressed, Runner, Spent, Task, decoded, output_error, relative, rounded},
     choices::{Choices, place},
     hidden::Hidden,
     homes::{Home, homes},
@@ -27,7 +27,7 @@ use lacuna_core::{
 };
 use lacuna_kernels::{Format, Pool};
 use lacuna_methods::registry::Resolved;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 /// The projections of an MLP.
 const MLP: [Proj; 3] = [Proj::Gate, Proj::Up, Proj::Down];
@@ -128,6 +128,7 @@ impl Task<'_> {
         let inner = mlp.inner;
         let keep = keep((step, pruner), self.choices, self.layer, inner);
         self.check_width(block, keep, inner)?;
+        let start = Instant::now();
         let runner = Runner::new(self.model, self.layer, block.clone(), self.threads)?;
         let seen = match hidden {
             Some(hidden) => {
@@ -136,6 +137,7 @@ impl Task<'_> {
             }
             None => None,
         };
+        let observed = Instant::now();
         let weights: BTreeMap<Proj, Vec<f32>> =
             MLP.into_iter().filter_map(|p| Some((p, decoded(&block.linear(p)?.weight)))).collect();
         let of = |proj: Proj| weights.get(&proj).map(|w| &w[..]);
@@ -173,6 +175,7 @@ impl Task<'_> {
             out.changed.insert(*proj, changed);
         }
         out.beside = self.biases(block, &order);
+        out.spent = Spent { observing: observed - start, solving: observed.elapsed() };
         Ok(out)
     }
 

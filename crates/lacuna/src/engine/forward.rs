@@ -189,7 +189,9 @@ impl Forward<'_> {
             let Workspace { x, h, .. } = &mut *self.ws;
             normalise(pool, spec, &weights.attn_norm, x, sized(h, n * width));
         }
-        self.attention(layer, block, weights, n);
+        if !self.attention(layer, block, weights, n) {
+            return;
+        }
         let Workspace { branch, up, .. } = &mut *self.ws;
         if let Some(post) = &weights.attn_post_norm {
             normalise_in_place(pool, spec, post, branch, up);
@@ -201,7 +203,9 @@ impl Forward<'_> {
         }
         let Workspace { x, h, .. } = &mut *self.ws;
         normalise(pool, spec, &weights.mlp_norm, x, sized(h, n * width));
-        self.mlp(layer, block, &weights.mlp, n);
+        if !self.mlp(layer, block, &weights.mlp, n) {
+            return;
+        }
         let Workspace { y, up, .. } = &mut *self.ws;
         if let Some(post) = &weights.mlp_post_norm {
             normalise_in_place(pool, spec, post, y, up);
@@ -235,13 +239,16 @@ impl Forward<'_> {
         std::mem::swap(x, moved);
     }
 
-    /// From the normalised `h` to `branch`.
-    fn attention(&mut self, layer: usize, block: &BlockSpec, weights: &Block, n: usize) {
+    /// From the normalised `h` to `branch`; false if the observer ends the pass before.
+    fn attention(&mut self, layer: usize, block: &BlockSpec, weights: &Block, n: usize) -> bool {
         let shared = self.shared;
         let (pool, spec) = (&shared.pool, &shared.model.spec);
         let q_width = block.heads * block.head_dim;
         for proj in [Proj::Q, Proj::K, Proj::V] {
             show(self.observer, Point::Input { layer, proj }, spec.width, &self.ws.h);
+            if self.observer.ends(Point::Input { layer, proj }) {
+                return false;
+            }
         }
         match (&weights.latent, block.latent) {
             (Some(latent), Some(sizes)) => self.latent(layer, (weights, latent), (block, sizes), n),
@@ -265,10 +272,14 @@ impl Forward<'_> {
         }
         latent::cut_values(block, &mut self.ws.attended);
         show(self.observer, Point::Input { layer, proj: Proj::O }, block.attended(), &self.ws.attended);
+        if self.observer.ends(Point::Input { layer, proj: Proj::O }) {
+            return false;
+        }
         let Workspace { attended, branch, linears, .. } = &mut *self.ws;
         let parts = [(Proj::O, &weights.o, sized(branch, n * spec.width))];
         let place = Site { mode, pool, layer, plan: layer_plan(self.plan, layer) };
         project(&place, linears, self.counters, (attended, n), parts);
+        true
     }
 
     /// Queries, keys and values of the normalised `h`, with norms and rotation.

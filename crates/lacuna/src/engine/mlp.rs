@@ -24,8 +24,8 @@ use lacuna_kernels::{
 };
 
 impl Forward<'_> {
-    /// From the normalised `h` to `y`.
-    pub(super) fn mlp(&mut self, layer: usize, block: &BlockSpec, mlp: &Mlp, n: usize) {
+    /// From the normalised `h` to `y`; false if the observer ends the pass before.
+    pub(super) fn mlp(&mut self, layer: usize, block: &BlockSpec, mlp: &Mlp, n: usize) -> bool {
         let width = self.shared.model.spec.width;
         let proj_inputs: &[Proj] = match mlp {
             Mlp::Plain { .. } | Mlp::ReluExperts { .. } => &[Proj::Up],
@@ -33,6 +33,9 @@ impl Forward<'_> {
         };
         for &proj in proj_inputs {
             show(self.observer, Point::Input { layer, proj }, width, &self.ws.h);
+            if self.observer.ends(Point::Input { layer, proj }) {
+                return false;
+            }
         }
         let act = Acts { gate: block.act, up: block.up_act };
         let (first, second, down) = match mlp {
@@ -40,23 +43,26 @@ impl Forward<'_> {
             Mlp::Plain { up, down } => (up, None, down),
             Mlp::Experts { router, experts } => {
                 let router = self.shared.routers[layer].as_ref().unwrap_or(router);
-                return self.experts(block, &Mixture { layer, act, router, experts }, n);
+                self.experts(block, &Mixture { layer, act, router, experts }, n);
+                return true;
             }
             Mlp::ReluExperts { router, gain, experts } => {
                 let router = self.shared.routers[layer].as_ref().unwrap_or(router);
                 let w = Rectified { layer, act: block.act, router, gain: gain.as_deref(), experts };
-                return self.relu_experts(block, &w, n);
+                self.relu_experts(block, &w, n);
+                return true;
             }
         };
         let layers = Layers { layer, act, first, second, down };
         match masked::neuron_rule(layer_plan(self.plan, layer)) {
             Some(rule) if self.mode == Mode::Decode && rule.by_channels() => self.chosen_neurons(&layers, rule, n),
             Some(rule) if matches!(self.mode, Mode::Decode | Mode::Masked) => self.masked_neurons(&layers, rule, n),
-            _ => self.all_neurons(&layers, n),
+            _ => return self.all_neurons(&layers, n),
         }
+        true
     }
 
-    fn all_neurons(&mut self, w: &Layers<'_>, n: usize) {
+    fn all_neurons(&mut self, w: &Layers<'_>, n: usize) -> bool {
         let inner = w.first.weight.outputs();
         let place =
             Site { plan: layer_plan(self.plan, w.layer), pool: &self.shared.pool, mode: self.mode, layer: w.layer };
@@ -76,9 +82,14 @@ impl Forward<'_> {
                 show(self.observer, Point::Neurons { layer: w.layer }, inner, up);
             }
         }
-        show(self.observer, Point::Input { layer: w.layer, proj: Proj::Down }, inner, &self.ws.up);
+        let point = Point::Input { layer: w.layer, proj: Proj::Down };
+        show(self.observer, point, inner, &self.ws.up);
+        if self.observer.ends(point) {
+            return false;
+        }
         self.remember_prompt(w.layer, inner);
         self.down(w.layer, w.down, n);
+        true
     }
 
     /// `y = down(up)`.

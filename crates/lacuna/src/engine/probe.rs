@@ -68,7 +68,8 @@ impl Probe {
         self.run(layer, x, rules, &mut Nobody)
     }
 
-    /// [`Probe::block`] without rules, showing the points of the block to `observer`.
+    /// [`Probe::block`] without rules, showing the points of the block to `observer`; what it gives means nothing if the observer
+    /// ends it early.
     ///
     /// # Errors
     /// As there.

@@ -391,8 +391,8 @@ pub fn ones(source: &Source, name: String, width: usize) -> Finished {
 /// The Gram matrix of what was gathered.
 fn summed(gather: Gather<'_>, layer: usize) -> Result<Option<Vec<f64>>> {
     if let Some((_, value)) = gather.broken {
-        let token = gather.seen.iter().map(|s| s.1.tokens).max().unwrap_or(0);
-        return Err(MethodError::NonFinite { point: Point::Output { layer }, value, token }.into());
+        let point = Point::Output { layer };
+        return Err(MethodError::NonFinite { point, value, token: gather.tokens() }.into());
     }
     Ok(gather.finish().pop().and_then(|(_, inputs)| inputs.gram))
 }

@@ -6,7 +6,7 @@
 
 use super::{DAMPING, refuse};
 use faer::{
-    Mat, Par,
+    Mat, MatMut, Par,
     dyn_stack::{MemBuffer, MemStack},
     linalg::{
         cholesky::llt::factor,
@@ -84,11 +84,16 @@ pub fn solve(n: usize, at: impl Fn(usize, usize) -> f64, b: &Mat<f64>) -> Option
 
 /// The lower factor of a positive definite matrix, whose upper triangle is ignored; `None` if it is none.
 pub fn cholesky(mut a: Mat<f64>, par: Par) -> Option<Mat<f64>> {
+    cholesky_in_place(a.as_mut(), par).then_some(a)
+}
+
+/// Whether there is a lower factor, which takes the place of the lower triangle.
+fn cholesky_in_place(mut a: MatMut<'_, f64>, par: Par) -> bool {
     let n = a.nrows();
     let mut buffer = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, Default::default()));
     let stack = MemStack::new(&mut buffer);
-    factor::cholesky_in_place(a.as_mut(), Default::default(), par, stack, Default::default()).ok()?;
-    (0..n).all(|i| a[(i, i)].is_finite() && a[(i, i)] > 0.0).then_some(a)
+    let done = factor::cholesky_in_place(a.as_mut(), Default::default(), par, stack, Default::default());
+    done.is_ok() && (0..n).all(|i| a[(i, i)].is_finite() && a[(i, i)] > 0.0)
 }
 
 /// Factors what was seen of the inputs of `layer`.
@@ -138,18 +143,34 @@ fn with_damping<T>(
     )
 }
 
-/// `U` for the positive definite `at`; `None` if it is none.
+/// Columns that lie a multiple of some pages apart meet in the same sets of the caches: a line more between them makes the
+/// factorisation of 8,192 inputs half as fast again.
+const BETWEEN: usize = 8;
+
+/// Entries of a square of a matrix that is turned at once.
+const TURN: usize = 64;
+
+/// `U` for the symmetric positive definite `at`; `None` if it is none.
 fn upper(n: usize, at: impl Fn(usize, usize) -> f64) -> Option<Vec<f32>> {
-    let a = Mat::from_fn(n, n, |i, j| if i >= j { at(n - 1 - i, n - 1 - j) } else { 0.0 });
+    let last = n.saturating_sub(1);
+    // By symmetry the entry of row `last - i`, column `last - j`; this way rows of the Gram matrix are read along.
+    let entry = |i: usize, j: usize| if i >= j && i < n { at(last - j, last - i) } else { 0.0 };
+    let mut a = Mat::from_fn(n + BETWEEN, n, entry);
     let par = Par::rayon(0);
-    let a = cholesky(a, par)?;
-    let mut inverse = Mat::<f64>::zeros(n, n);
-    triangular_inverse::invert_lower_triangular(inverse.as_mut(), a.as_ref(), par);
+    if !cholesky_in_place(a.get_mut(..n, ..), par) {
+        return None;
+    }
+    let mut inverse = Mat::<f64>::zeros(n + BETWEEN, n);
+    triangular_inverse::invert_lower_triangular(inverse.get_mut(..n, ..), a.get(..n, ..), par);
     drop(a);
     let mut out = vec![0.0_f32; n * n];
-    for i in 0..n {
-        for j in i..n {
-            out[i * n + j] = inverse[(n - 1 - i, n - 1 - j)] as f32;
+    for i0 in (0..n).step_by(TURN) {
+        for j0 in (i0..n).step_by(TURN) {
+            for i in i0..(i0 + TURN).min(n) {
+                for j in j0.max(i)..(j0 + TURN).min(n) {
+                    out[i * n + j] = inverse[(last - i, last - j)] as f32;
+                }
+            }
         }
     }
     (0..n).all(|i| out[i * n + i].is_finite() && out[i * n + i] > 0.0).then_some(out)
