@@ -4,13 +4,20 @@
 //! [shape=2048x8192] [input-major] [groups]]`, with `LACUNA_ISA` to force an instruction set. On a busy machine a small shape
 //! (`shape=128x2048`) has the better chance of an undisturbed run. Every figure is the best of several runs, in GFLOP/s (2 m n k / time);
 //! "+pack" includes the packing of the activations.
+//!
+//! `zeros=50,70` compares matrices without their zeros with the dense ones: in turns, by processor time, the median of the
+//! ratios of their rates (below 1: the bitmap is slower) over `reps=15` pairs.
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use lacuna_kernels::axpy::groups::{Groups, bytes};
 use lacuna_kernels::gemm::{Input, Job, Weights, run};
-use lacuna_kernels::{Format, Matrix, Pool, convert, isa};
+use lacuna_kernels::{
+    Format, Matrix, Pool,
+    bitmap::{self, Bitmap},
+    convert, isa,
+};
 
 /// Outputs and inputs of the linear layers of Llama-3.2-1B.
 const SHAPES: [[usize; 2]; 3] = [[8192, 2048], [2048, 8192], [2048, 2048]];
@@ -25,14 +32,26 @@ fn main() {
         None => default.to_vec(),
     };
     let formats = list("format");
+    let chosen = |f: &Format| formats.is_none_or(|l| l.split(',').any(|n| n == f.name()));
     let order = ["input-major", "groups"].into_iter().find(|o| args.iter().any(|a| a == o)).unwrap_or("output-major");
     let shape = list("shape").and_then(|s| s.split_once('x'));
     let shape = shape.and_then(|(n, k)| Some(vec![[n.parse().ok()?, k.parse().ok()?]]));
     let shapes = shape.unwrap_or(SHAPES.to_vec());
+    if list("zeros").is_some() {
+        for format in bitmap::FORMATS.into_iter().filter(chosen) {
+            let (m, reps) = (numbers("m", &[512])[0], numbers("reps", &[15])[0].max(1));
+            for &[n, k] in &shapes {
+                for zeros in numbers("zeros", &[50]) {
+                    numbers("threads", &[1]).into_iter().for_each(|t| compare(format, [m, n, k], zeros, t, reps));
+                }
+            }
+        }
+        return;
+    }
     println!("{} ({}); best of runs, GFLOP/s", isa::get(), order);
     print_peaks();
     for format in Format::ALL {
-        if formats.is_some_and(|l| !l.split(',').any(|n| n == format.name())) {
+        if !chosen(&format) {
             continue;
         }
         for &[n, k] in &shapes {
@@ -66,6 +85,55 @@ fn random_matrix(format: Format, numbers: usize) -> Vec<u8> {
     let mut bytes = vec![0; format.run_bytes(part).expect("a multiple of every block")];
     convert::encode_run(format, &values, &mut bytes);
     bytes.repeat(numbers / part)
+}
+
+/// Seconds of processor time since some fixed moment.
+fn cpu_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes the one structure it is given.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// Products with `zeros` per cent of the weights zero, at places that nothing predicts: dense and without them in turns.
+fn compare(format: Format, [m, n, k]: [usize; 3], zeros: usize, threads: usize, reps: usize) {
+    let mut state = 1_u64;
+    let mut number = || {
+        // Bit mixing of splitmix64.
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (z ^ z >> 27) as usize
+    };
+    let values: Vec<f32> = (0..n * k)
+        .map(|_| if number() % 100 < zeros { 0.0 } else { (number() % 1000 + 1000) as f32 / 1000.0 })
+        .collect();
+    let mut stored = vec![0; format.run_bytes(n * k).expect("whole blocks")];
+    convert::encode_run(format, &values, &mut stored);
+    let dense = Matrix::new(format, n, k, &stored).expect("whole blocks");
+    let packed = bitmap::pack(&dense).expect("a format with bitmaps");
+    let sparse = Weights::Bitmap(Bitmap::new(format, n, k, &packed).expect("just packed"));
+    let pool = Pool::new(threads);
+    let x: Vec<f32> = (0..m * k).map(|i| ((i * 31) % 97) as f32 / 97.0 - 0.5).collect();
+    let (mut y, mut input, mut ratios) = (vec![0.0; m * n], Input::new(), Vec::new());
+    input.prepare(&pool, &x, m, k, &[format]);
+    for _ in 0..=reps {
+        let [a, b] = [Weights::OutputMajor(dense), sparse].map(|w| {
+            let start = cpu_seconds();
+            run(&pool, &mut [Job { w, x: &input, y: &mut y, accumulate: false }]);
+            cpu_seconds() - start
+        });
+        ratios.push(a / b);
+    }
+    // The first pair warms up.
+    ratios.remove(0);
+    ratios.sort_by(f64::total_cmp);
+    println!(
+        "{:5} {n:5} x {k:5}  m={m}  {threads} threads  {zeros} % zeros: {:.2} ({:.2}-{:.2}) of dense",
+        format.name(),
+        ratios[reps / 2],
+        ratios[0],
+        ratios[reps - 1]
+    );
 }
 
 fn measure(pool: &Pool, w: Weights<'_>, m: usize, n: usize, k: usize) -> [f64; 2] {

@@ -158,6 +158,11 @@ impl Cursor {
         Self { at: w.start(row) }
     }
 
+    /// Where it is in the bytes.
+    pub(super) fn place(&self) -> usize {
+        self.at
+    }
+
     /// Writes the next columns in the dense format of `w`, as many as `out` takes: whole units, or to the end of the row. Rows
     /// that lead outside the bytes give NaN.
     ///

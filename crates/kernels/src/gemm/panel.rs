@@ -10,11 +10,14 @@ use super::input::{round_bf16, tiles};
 use super::transpose::transpose16;
 use super::{TILE_K, TILE_N};
 use crate::axpy::groups::{self, GROUP, Groups};
-use crate::bitmap::Strip;
+use crate::bitmap::{Bitmap, Strip};
 use crate::codebook;
 use crate::convert::decode_run;
 use crate::isa::Isa;
 use crate::{Format, Matrix};
+
+/// Rows that are fetched ahead.
+const AHEAD: usize = 4;
 
 /// Numbers in a tile.
 pub(crate) const TILE: usize = TILE_N * TILE_K;
@@ -68,25 +71,29 @@ impl Panel {
         inputs: Range<usize>,
     ) {
         match w {
-            Weights::OutputMajor(w) => self.fill_rows(arithmetic, &Part { isa, w, outputs, inputs }),
+            Weights::OutputMajor(w) => {
+                let shape = Shape { isa, outputs: outputs.len(), inputs: inputs.len() };
+                self.fill_rows(arithmetic, shape, &mut Stored { w, first: outputs.start, inputs });
+            }
             Weights::InputMajor(w) => self.fill_runs(arithmetic, &Part { isa, w, outputs, inputs }),
             Weights::Groups(w) => {
                 let (n, k) = (outputs.len(), inputs.len());
                 let mut scratch = std::mem::take(&mut self.plain);
                 let (format, bytes) = unpacked(isa, arithmetic, w, (outputs, inputs), &mut scratch);
                 let w = Matrix::new(format, n, k, bytes).expect("as many numbers as the panel has");
-                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
+                let shape = Shape { isa, outputs: n, inputs: k };
+                self.fill_rows(arithmetic, shape, &mut Stored { w: &w, first: 0, inputs: 0..k });
                 self.plain = scratch;
             }
             Weights::Bitmap(w) => {
-                let (n, k) = (outputs.len(), inputs.len());
-                let mut scratch = std::mem::take(&mut self.plain);
-                let row = w.format().run_bytes(k).expect("panels are cut at the borders of blocks");
-                let bytes = scratch.at_least::<u8>(n * row);
-                self.strip.unpack(isa, w, outputs, inputs, bytes);
-                let w = Matrix::new(w.format(), n, k, bytes).expect("a row for every output of the panel");
-                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
-                self.plain = scratch;
+                let shape = Shape { isa, outputs: outputs.len(), inputs: inputs.len() };
+                let (mut scratch, mut strip) = (std::mem::take(&mut self.plain), std::mem::take(&mut self.strip));
+                let row = w.format().run_bytes(inputs.len()).expect("panels are cut at the borders of blocks");
+                strip.go_to(w, outputs, inputs);
+                // One row at a time, which the first cache holds until it is decoded.
+                let row = scratch.at_least::<u8>(row);
+                self.fill_rows(arithmetic, shape, &mut Unpacked { isa, w, strip: &mut strip, row });
+                (self.plain, self.strip) = (scratch, strip);
             }
             Weights::Codebook(w) => {
                 let (n, k) = (outputs.len(), inputs.len());
@@ -94,17 +101,18 @@ impl Panel {
                 let bytes = scratch.at_least::<u8>(n * k * codebook::DENSE.block_bytes());
                 codebook::unpack(isa, w, outputs, inputs, bytes);
                 let w = Matrix::new(codebook::DENSE, n, k, bytes).expect("a row for every output of the panel");
-                self.fill_rows(arithmetic, &Part { isa, w: &w, outputs: 0..n, inputs: 0..k });
+                let shape = Shape { isa, outputs: n, inputs: k };
+                self.fill_rows(arithmetic, shape, &mut Stored { w: &w, first: 0, inputs: 0..k });
                 self.plain = scratch;
             }
         }
     }
 
-    fn fill_rows(&mut self, arithmetic: Arithmetic, part: &Part<'_>) {
+    fn fill_rows(&mut self, arithmetic: Arithmetic, shape: Shape, rows: &mut dyn Rows) {
         match arithmetic {
-            Arithmetic::F32 => self.fill_f32(part),
-            Arithmetic::Bf16 => self.fill_bf16(part),
-            Arithmetic::Int8 => self.fill_codes(part),
+            Arithmetic::F32 => self.fill_f32(shape, rows),
+            Arithmetic::Bf16 => self.fill_bf16(shape, rows),
+            Arithmetic::Int8 => self.fill_codes(shape, rows),
         }
     }
 
@@ -120,23 +128,23 @@ impl Panel {
         }
     }
 
-    fn fill_f32(&mut self, part: &Part<'_>) {
-        let k = part.inputs.len();
+    fn fill_f32(&mut self, shape: Shape, rows: &mut dyn Rows) {
+        let (k, format) = (shape.inputs, rows.format());
         let tiles_k = tiles(k);
-        let out = self.numbers.at_least::<f32>(part.tiles() * TILE);
+        let out = self.numbers.at_least::<f32>(shape.tiles() * TILE);
         let run = self.run.at_least::<f32>(tiles_k * TILE_K);
         run[k..].fill(0.0);
-        for (i, at) in part.rows() {
-            match part.row_bytes(i) {
+        for (i, at) in shape.lines() {
+            match shape.row(rows, i) {
                 // As they are stored: one copy less.
-                Some(bytes) if part.w.format() == Format::F32 && k.is_multiple_of(TILE_K) => {
+                Some(bytes) if format == Format::F32 && k.is_multiple_of(TILE_K) => {
                     for (t, line) in bytes.as_chunks::<4>().0.as_chunks::<TILE_K>().0.iter().enumerate() {
                         let out = &mut out[at + t * TILE..][..TILE_K];
                         out.iter_mut().zip(line).for_each(|(out, v)| *out = f32::from_le_bytes(*v));
                     }
                     continue;
                 }
-                Some(bytes) => f32_run(part, bytes, &mut run[..k]),
+                Some(bytes) => f32_run(shape.isa, format, bytes, &mut run[..k]),
                 None => run.fill(0.0),
             }
             for (t, line) in run.chunks_exact(TILE_K).enumerate() {
@@ -145,45 +153,45 @@ impl Panel {
         }
     }
 
-    fn fill_bf16(&mut self, part: &Part<'_>) {
-        let k = part.inputs.len();
+    fn fill_bf16(&mut self, shape: Shape, rows: &mut dyn Rows) {
+        let (k, format) = (shape.inputs, rows.format());
         let tiles_k = tiles(k);
-        let out = self.numbers.at_least::<u16>(part.tiles() * TILE);
+        let out = self.numbers.at_least::<u16>(shape.tiles() * TILE);
         let run = self.run.at_least::<f32>(k);
-        for (i, at) in part.rows() {
+        for (i, at) in shape.lines() {
             let lines = &mut out[at..at + (tiles_k - 1) * TILE + TILE_K];
-            let Some(bytes) = part.row_bytes(i) else {
+            let Some(bytes) = shape.row(rows, i) else {
                 lines.chunks_mut(TILE).for_each(|line| line[..TILE_K].fill(0));
                 continue;
             };
             #[cfg(target_arch = "x86_64")]
-            if part.isa.has_avx512() && super::decode512::has(part.w.format()) {
+            if shape.isa.has_avx512() && super::decode512::has(format) {
                 // SAFETY: these instruction sets include all that the decoder uses.
-                unsafe { super::decode512::bf16_row(part.w.format(), bytes, k, lines) };
+                unsafe { super::decode512::bf16_row(format, bytes, k, lines) };
                 continue;
             }
-            decode_run(part.w.format(), bytes, run);
+            decode_run(format, bytes, run);
             bf16_row(run, lines);
         }
     }
 
-    fn fill_codes(&mut self, part: &Part<'_>) {
-        let k = part.inputs.len();
-        let layout = CodeLayout::of(part.w.format());
-        let n = part.tiles() * layout.groups * TILE_N;
-        let codes = self.numbers.at_least::<u8>(part.tiles() * TILE);
+    fn fill_codes(&mut self, shape: Shape, rows: &mut dyn Rows) {
+        let (k, format) = (shape.inputs, rows.format());
+        let layout = CodeLayout::of(format);
+        let n = shape.tiles() * layout.groups * TILE_N;
+        let codes = self.numbers.at_least::<u8>(shape.tiles() * TILE);
         let scales = self.scales.at_least::<f32>(n);
         let offsets = self.offsets.at_least::<f32>(if layout.has_offsets { n } else { 0 });
         let groups = tiles(k) * layout.groups;
-        for (i, at) in part.rows() {
+        for (i, at) in shape.lines() {
             let scale_at = i / TILE_N * groups * TILE_N + i % TILE_N;
             let mut row = CodeRow {
                 codes: &mut codes[at..],
                 scales: &mut scales[scale_at..],
                 offsets: if layout.has_offsets { &mut offsets[scale_at..] } else { &mut [] },
             };
-            match part.row_bytes(i) {
-                Some(bytes) => codes::decode_row(part.isa, part.w.format(), bytes, &mut row),
+            match shape.row(rows, i) {
+                Some(bytes) => codes::decode_row(shape.isa, format, bytes, &mut row),
                 None => row.clear(tiles(k), layout),
             }
         }
@@ -229,7 +237,7 @@ impl Panel {
             for (i, run) in runs.chunks_exact_mut(padded).enumerate() {
                 match part.run_bytes(t * TILE_K + i) {
                     Some(bytes) => {
-                        f32_run(part, bytes, &mut run[..n]);
+                        f32_run(part.isa, part.w.format(), bytes, &mut run[..n]);
                         run[n..].fill(0.0);
                     }
                     None => run.fill(0.0),
@@ -269,7 +277,91 @@ fn unpacked<'a>(
     (format, scratch.numbers(numbers * format.block_bytes()))
 }
 
-/// The part of a matrix that a panel holds.
+/// Outputs and inputs of a panel that is filled output by output.
+#[derive(Clone, Copy)]
+struct Shape {
+    isa: Isa,
+    outputs: usize,
+    inputs: usize,
+}
+
+impl Shape {
+    fn tiles(self) -> usize {
+        self.outputs.div_ceil(TILE_N) * tiles(self.inputs)
+    }
+
+    /// Every output of the panel, padding included, with the place of its first line among the tiles.
+    fn lines(self) -> impl Iterator<Item = (usize, usize)> {
+        let tiles_k = tiles(self.inputs);
+        let padded = self.outputs.next_multiple_of(TILE_N);
+        (0..padded).map(move |i| (i, i / TILE_N * tiles_k * TILE + i % TILE_N * TILE_K))
+    }
+
+    /// The stored inputs of output `i` of the panel; `None` for padding.
+    fn row(self, rows: &mut dyn Rows, i: usize) -> Option<&[u8]> {
+        (i < self.outputs).then(|| rows.row(i))
+    }
+}
+
+/// Where a panel gets the stored inputs of its outputs from.
+trait Rows {
+    fn format(&self) -> Format;
+
+    /// Those of output `i` of the panel; asked for each, in order.
+    fn row(&mut self, i: usize) -> &[u8];
+}
+
+/// Rows of a matrix as they are.
+struct Stored<'a> {
+    w: &'a Matrix<'a>,
+    /// The first output.
+    first: usize,
+    inputs: Range<usize>,
+}
+
+impl Rows for Stored<'_> {
+    fn format(&self) -> Format {
+        self.w.format()
+    }
+
+    fn row(&mut self, i: usize) -> &[u8] {
+        // Pieces of rows are too short for the hardware to see what comes.
+        if let Some(next) = (self.first + i).checked_add(AHEAD).filter(|n| *n < self.w.rows()) {
+            fetch(cut(self.w, next, &self.inputs));
+        }
+        cut(self.w, self.first + i, &self.inputs)
+    }
+}
+
+/// Asks for all lines of `bytes`.
+fn fetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    bytes.iter().step_by(64).for_each(|b| crate::x86::prefetch(b));
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
+/// Rows that zeros are put back into.
+struct Unpacked<'a> {
+    isa: Isa,
+    w: &'a Bitmap<'a>,
+    strip: &'a mut Strip,
+    /// Room for one.
+    row: &'a mut [u8],
+}
+
+impl Rows for Unpacked<'_> {
+    fn format(&self) -> Format {
+        self.w.format()
+    }
+
+    fn row(&mut self, i: usize) -> &[u8] {
+        self.strip.unpack(self.isa, self.w, i, self.row);
+        self.row
+    }
+}
+
+/// The part of an input-major matrix that a panel holds.
 struct Part<'a> {
     isa: Isa,
     w: &'a Matrix<'a>,
@@ -280,19 +372,6 @@ struct Part<'a> {
 impl<'a> Part<'a> {
     fn tiles(&self) -> usize {
         self.outputs.len().div_ceil(TILE_N) * tiles(self.inputs.len())
-    }
-
-    /// Every output of the panel, padding included, with the place of its first line among the tiles.
-    fn rows(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let tiles_k = tiles(self.inputs.len());
-        let padded = self.outputs.len().next_multiple_of(TILE_N);
-        (0..padded).map(move |i| (i, i / TILE_N * tiles_k * TILE + i % TILE_N * TILE_K))
-    }
-
-    /// The stored inputs of output `i` of the panel; `None` for padding.
-    fn row_bytes(&self, i: usize) -> Option<&'a [u8]> {
-        let n = self.outputs.start + i;
-        (n < self.outputs.end).then(|| cut(self.w, n, &self.inputs))
     }
 
     /// The stored outputs of input `i` of the panel; `None` for padding.
@@ -310,13 +389,14 @@ fn cut<'a>(w: &Matrix<'a>, run: usize, range: &Range<usize>) -> &'a [u8] {
 }
 
 /// Decodes to f32; only the formats of f32 arithmetic (F32, F16) are worth a fast path.
-fn f32_run(part: &Part<'_>, bytes: &[u8], run: &mut [f32]) {
+fn f32_run(isa: Isa, format: Format, bytes: &[u8], run: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if part.w.format() == Format::F16 && part.isa.has_avx512() {
+    if format == Format::F16 && isa.has_avx512() {
         // SAFETY: these instruction sets include AVX-512F.
         return unsafe { super::decode512::f16_run(bytes, run) };
     }
-    decode_run(part.w.format(), bytes, run);
+    let _ = isa;
+    decode_run(format, bytes, run);
 }
 
 /// Rounds a row to bf16 lines of 32, one tile apart; padding becomes zero.
