@@ -27,9 +27,10 @@ pub fn observed_logits(model: &Model, tokens: &[u32], observer: &mut dyn Observe
     let spec = &model.spec;
     check(spec, tokens)?;
     let mut x = embed(model, tokens);
+    let inputs = per_layer_inputs(model, tokens, &x);
     for (layer, (block, weights)) in spec.blocks.iter().zip(&model.blocks).enumerate() {
         let mut pass = Pass { spec, block, layer, observer: &mut *observer };
-        pass.block(weights, &mut x);
+        pass.block(weights, &mut x, &inputs);
     }
     let h = norm(spec, &model.final_norm, &x);
     show(observer, Point::Head, spec.width, &h);
@@ -82,6 +83,21 @@ fn embed(model: &Model, tokens: &[u32]) -> Vec<f32> {
     x
 }
 
+/// The inputs of per-layer embeddings, one row of all blocks' per token.
+fn per_layer_inputs(model: &Model, tokens: &[u32], x: &[f32]) -> Vec<f32> {
+    let Some(w) = &model.per_layer else { return Vec::new() };
+    let (width, each) = (model.spec.width as f32, w.norm.gain.len());
+    let scaled: Vec<f32> = linear(&w.projection, x).iter().map(|v| v / width.sqrt()).collect();
+    let mut inputs = norm(&model.spec, &w.norm, &scaled);
+    let mut own = vec![0.0; w.table.inputs()];
+    for (row, token) in inputs.chunks_exact_mut(own.len()).zip(tokens) {
+        decode_row(&w.table, *token as usize, &mut own);
+        axpy((each as f32).sqrt(), &own, row);
+        row.iter_mut().for_each(|v| *v /= std::f32::consts::SQRT_2);
+    }
+    inputs
+}
+
 /// One block's pass over all tokens.
 struct Pass<'a> {
     spec: &'a Spec,
@@ -91,7 +107,7 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn block(&mut self, w: &Block, x: &mut [f32]) {
+    fn block(&mut self, w: &Block, x: &mut [f32], inputs: &[f32]) {
         let h = norm(self.spec, &w.attn_norm, x);
         let mut a = self.attention(w, &h);
         if let Some(post) = &w.attn_post_norm {
@@ -114,7 +130,19 @@ impl Pass<'_> {
             shortcut(shortcuts.and_then(|s| s.mlp.as_ref()), x);
         }
         axpy(scale, &m, x);
+        self.own_embedding(w, x, inputs);
         show(self.observer, Point::Output { layer: self.layer }, self.spec.width, x);
+    }
+
+    /// `x += norm(out(act(gate x) * e))`.
+    fn own_embedding(&self, w: &Block, x: &mut [f32], inputs: &[f32]) {
+        let (Some(w), Some(own)) = (&w.per_layer, self.block.per_layer) else { return };
+        let mut gate = linear(&w.gate, x);
+        let all = inputs.len() / (x.len() / self.spec.width);
+        for (gate, row) in gate.chunks_exact_mut(own.width).zip(inputs.chunks_exact(all)) {
+            gate.iter_mut().zip(&row[own.first..]).for_each(|(g, e)| *g = activate(own.act, *g) * e);
+        }
+        add(x, &norm(self.spec, &w.norm, &linear(&w.out, &gate)));
     }
 
     fn show_input(&mut self, projections: &[Proj], width: usize, x: &[f32]) {

@@ -37,6 +37,7 @@ fn kinds() -> Vec<Kind> {
         Kind { mlp: MlpKind::ReluExperts, ..gated },
         Kind { mlp: MlpKind::ReluExperts, format: Format::Q8_0, latent: true, ..gated },
         Kind { format: Format::Bf16, latent: true, ..gated },
+        Kind { format: Format::Q8_0, per_layer: true, ..gated },
     ]
 }
 

@@ -36,6 +36,8 @@ fn kinds() -> Vec<Kind> {
         Kind { mlp: MlpKind::ReluExperts, ..gated },
         Kind { mlp: MlpKind::ReluExperts, format: Format::Bf16, latent: true, ..gated },
         Kind { latent: true, window: Some(20), ..gated },
+        Kind { per_layer: true, ..gated },
+        Kind { per_layer: true, format: Format::Bf16, ..gated },
     ]
 }
 

@@ -89,6 +89,35 @@ fn stories260k_is_the_same_model_in_every_file() {
     }
 }
 
+/// Per-layer embeddings: the logits of the last position that the model's own PyTorch code gives (`golden.txt`: the number of
+/// tokens, the tokens, the logits), by the reference and by the engine at once and token by token.
+#[test]
+fn per_layer_embeddings_give_the_golden_logits() {
+    let Some(dir) = shared("models/tinystories-ple-3.6M") else { return };
+    let golden = std::fs::read_to_string(dir.join("golden.txt")).unwrap();
+    let mut lines = golden.lines();
+    let count: usize = lines.next().unwrap().trim().parse().unwrap();
+    let ids: Vec<u32> = lines.next().unwrap().split_whitespace().map(|t| t.parse().unwrap()).collect();
+    let expected: Vec<f32> = lines.map(|l| l.trim().parse().unwrap()).collect();
+    let model = Arc::new(open(&dir));
+    assert_eq!((ids.len(), expected.len()), (count, model.spec.vocab));
+    let all = reference::logits(&model, &ids).unwrap();
+    let options = Options { kv: KvType::F32, ..Options::default() };
+    let engine = Engine::new(model, options).unwrap();
+    let (mut at_once, mut step_by_step) = (engine.session(0).unwrap(), engine.session(0).unwrap());
+    let prefilled = at_once.prefill(&ids).unwrap().to_vec();
+    let mut decoded = Vec::new();
+    for id in &ids {
+        decoded = step_by_step.decode(*id).unwrap().to_vec();
+    }
+    let reference = &all[all.len() - expected.len()..];
+    for (name, logits) in [("reference", reference), ("prefill", &prefilled), ("decode", &decoded)] {
+        let d = worst(logits, &expected);
+        println!("{name}: largest difference {d:.1e}");
+        assert!(d < 1e-4, "{name}: {d}");
+    }
+}
+
 /// The first stories, and the first of the last 300, by the reference: the figures that `transformers` 5.23 gives for the
 /// same texts with the same weights in f32.
 #[test]
@@ -146,7 +175,7 @@ fn perplexities_are_those_of_the_readme() {
 
 #[test]
 fn greedy_text_is_that_of_the_readme() {
-    let cases: [(&str, &[u32], &str); 3] = [
+    let cases: [(&str, &[u32], &str); 4] = [
         (
             "models/stories260K/hf-f32",
             &[1, 403, 407, 261, 378],
@@ -161,6 +190,11 @@ fn greedy_text_is_that_of_the_readme() {
             "models/lacuna-stories-relu",
             &[0, 433, 447, 259, 405],
             "there was a little girl named Lily. She loved to play outside in the sun. One day, she saw a big, scary dog.",
+        ),
+        (
+            "models/tinystories-ple-3.6M",
+            &[433, 447, 259, 405],
+            "there was a little girl named Lily. She loved to play with her toys and her favorite toy was a big, red ball.",
         ),
     ];
     for (path, prompt, expected) in cases {

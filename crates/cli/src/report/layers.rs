@@ -250,7 +250,14 @@ mod tests {
             output_error: Some(error / 2.0),
         };
         let layers = vec![layer(0, "attn.q", 0.1), layer(0, "mlp.down", 0.2), layer(1, "attn.q", 0.004)];
-        Report { layers, notes: vec!["a <note>".into()], bytes: (1000, 400), resumed: 0, divergence: Some(0.03) }
+        Report {
+            layers,
+            notes: vec!["a <note>".into()],
+            bytes: (1000, 400),
+            resumed: 0,
+            divergence: Some(0.03),
+            spent: lacuna::compress::Spent::default(),
+        }
     }
 
     #[test]

@@ -280,6 +280,7 @@ mod tests {
             act,
             up_act: None,
             residual_scale: 1.0,
+            per_layer: None,
         };
         let spec = Spec {
             arch: "test".into(),

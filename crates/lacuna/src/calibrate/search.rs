@@ -276,8 +276,12 @@ impl<'a> Walk<'a> {
     }
 
     fn dense_outputs(&mut self, layer: usize) -> Result<()> {
-        let Self { probe, before, .. } = self;
-        self.dense = before.iter().map(|x| Ok(probe.block(layer, x, None)?.to_vec())).collect::<Result<_>>()?;
+        let Self { search, probe, before, .. } = self;
+        let mut dense = |(x, tokens): (&Vec<f32>, &Vec<u32>)| {
+            probe.over(tokens)?;
+            Ok(probe.block(layer, x, None)?.to_vec())
+        };
+        self.dense = before.iter().zip(search.windows).map(&mut dense).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -293,7 +297,8 @@ impl<'a> Walk<'a> {
         let entries = self.search.entries(layer, budgets)?;
         let rules = masked_layer(&entries, self.search.engine.model(), layer)?;
         let mut difference = vec![0.0; self.width];
-        for (x, dense) in self.before.iter().zip(&self.dense) {
+        for ((x, dense), tokens) in self.before.iter().zip(&self.dense).zip(self.search.windows) {
+            self.probe.over(tokens)?;
             let sparse = self.probe.block(layer, x, Some(&rules))?;
             let from = x.len() / self.width * 3 / 4 * self.width;
             for (s, d) in sparse[from..].chunks_exact(self.width).zip(dense[from..].chunks_exact(self.width)) {

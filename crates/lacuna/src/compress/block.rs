@@ -72,12 +72,14 @@ impl Runner {
         Probe::new(&self.engine).embed(tokens)
     }
 
-    /// What the block makes of a residual stream.
+    /// What the block makes of the residual stream `x` of `tokens`.
     ///
     /// # Errors
     /// Rows that do not fit.
-    pub fn run(&self, x: &[f32]) -> Result<Vec<f32>> {
-        Ok(Probe::new(&self.engine).block(0, x, None)?.to_vec())
+    pub fn run(&self, x: &[f32], tokens: &[u32]) -> Result<Vec<f32>> {
+        let mut probe = Probe::new(&self.engine);
+        probe.over(tokens)?;
+        Ok(probe.block(0, x, None)?.to_vec())
     }
 
     /// Runs all of `hidden` and gathers the inputs of `projs` (their observed names); `layer` is for messages.
@@ -95,6 +97,7 @@ impl Runner {
         let mut gather = Gather::new(self.pool(), points, gram);
         let mut probe = Probe::new(&self.engine);
         for i in 0..hidden.len() {
+            probe.over(hidden.tokens(i))?;
             probe.observed(0, &hidden.get(i)?, &mut gather)?;
             if let Some((Point::Input { proj, .. }, value)) = gather.broken {
                 return Err(MethodError::NonFinite {

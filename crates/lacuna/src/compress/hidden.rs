@@ -9,6 +9,7 @@ use std::{
 
 /// One residual stream per window.
 pub struct Hidden {
+    windows: Vec<Vec<u32>>,
     lengths: Vec<usize>,
     store: Store,
 }
@@ -30,11 +31,12 @@ impl Drop for Spilled {
 }
 
 impl Hidden {
-    /// Room for streams of these lengths (in numbers); in the file `spill` if they take more than `most` bytes.
+    /// Room for streams of `width` numbers per token of these windows; in the file `spill` if they take more than `most` bytes.
     ///
     /// # Errors
     /// The file cannot be made.
-    pub fn new(lengths: Vec<usize>, most: u64, spill: &Path) -> Result<Self> {
+    pub fn new(windows: Vec<Vec<u32>>, width: usize, most: u64, spill: &Path) -> Result<Self> {
+        let lengths: Vec<usize> = windows.iter().map(|w| w.len() * width).collect();
         let bytes = 4 * lengths.iter().map(|n| *n as u64).sum::<u64>();
         let store = if bytes <= most {
             Store::Memory(lengths.iter().map(|n| vec![0.0; *n]).collect())
@@ -43,12 +45,17 @@ impl Hidden {
             let open = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(spill);
             Store::File(Spilled { file: open.map_err(Error::io(spill))?, path: spill.to_owned() })
         };
-        Ok(Self { lengths, store })
+        Ok(Self { windows, lengths, store })
     }
 
     /// Number of windows.
     pub fn len(&self) -> usize {
         self.lengths.len()
+    }
+
+    /// The tokens of window `i`.
+    pub fn tokens(&self, i: usize) -> &[u32] {
+        &self.windows[i]
     }
 
     fn offset(&self, i: usize) -> u64 {
@@ -99,8 +106,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hidden");
         for most in [1 << 20, 0] {
-            let mut h = Hidden::new(vec![3, 1, 2], most, &path).unwrap();
-            assert_eq!((h.len(), path.exists()), (3, most == 0));
+            let mut h = Hidden::new(vec![vec![7; 3], vec![8], vec![9; 2]], 1, most, &path).unwrap();
+            assert_eq!((h.len(), h.tokens(1), path.exists()), (3, &[8][..], most == 0));
             for (i, x) in [vec![1.0, 2.0, 3.0], vec![-4.0], vec![5.0, 6.5]].iter().enumerate() {
                 h.set(i, x).unwrap();
             }

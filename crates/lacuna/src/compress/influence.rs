@@ -44,7 +44,7 @@ pub fn angles(
         let (mut sum, mut tokens) = (0.0, 0);
         for i in 0..hidden.len() {
             let x = hidden.get(i)?;
-            let y = runner.run(&x)?;
+            let y = runner.run(&x, hidden.tokens(i))?;
             for (a, b) in x.chunks_exact(width).zip(y.chunks_exact(width)) {
                 sum += angle(a, b);
                 tokens += 1;
@@ -96,7 +96,7 @@ pub fn scores(
                 let weight = decoded(&linear.weight);
                 let seed = plan.request.seed ^ ((draw as u64) << 32 | (layer as u64) << 8 | proj as u64);
                 let mut loss = |w: &[f32]| -> Result<f64> {
-                    let mut y = Runner::new(model, layer, with(block, proj, w), threads)?.run(&x)?;
+                    let mut y = Runner::new(model, layer, with(block, proj, w), threads)?.run(&x, tokens)?;
                     for next in layer + 1..all {
                         y = whole.block(next, &y, None)?.to_vec();
                     }

@@ -66,7 +66,7 @@ pub fn measure(
         }
         if let (Some(hidden), true) = (&mut hidden, layer + 1 < all) {
             for i in 0..hidden.len() {
-                let x = runner.run(&hidden.get(i)?)?;
+                let x = runner.run(&hidden.get(i)?, hidden.tokens(i))?;
                 hidden.set(i, &x)?;
             }
         }

@@ -556,8 +556,7 @@ impl<'a> Plan<'a> {
     /// The residual streams before the first block, if there is a text.
     fn embed(&self, model: &Model, spill: &Path) -> Result<Option<Hidden>> {
         let Some(text) = &self.request.calibration else { return Ok(None) };
-        let lengths = text.windows.iter().map(|w| w.len() * self.spec.width).collect();
-        let mut hidden = Hidden::new(lengths, self.request.streams_in_memory, spill)?;
+        let mut hidden = Hidden::new(text.windows.clone(), self.spec.width, self.request.streams_in_memory, spill)?;
         let runner = Runner::new(model, 0, model.blocks[0].clone(), self.request.threads)?;
         for (i, window) in text.windows.iter().enumerate() {
             hidden.set(i, &runner.embed(window)?)?;
@@ -593,7 +592,7 @@ impl<'a> Plan<'a> {
         let block = bind_block(&overlay, self.names, self.made(layer).1, layer)?;
         let runner = Runner::new(model, layer, block, self.request.threads)?;
         for i in 0..hidden.len() {
-            let x = runner.run(&hidden.get(i)?)?;
+            let x = runner.run(&hidden.get(i)?, hidden.tokens(i))?;
             hidden.set(i, &x)?;
         }
         Ok(())

@@ -71,6 +71,8 @@ pub(super) struct Workspace {
     pub latent: super::latent::LatentBuffers,
     /// The residual stream in the next basis.
     moved: Vec<f32>,
+    /// Inputs of per-layer embeddings, those of all blocks for each token.
+    pub per_layer: Vec<f32>,
     /// Output of the attention, kept apart while the MLP of a parallel block runs.
     branch: Vec<f32>,
     /// Output of the MLP.
@@ -163,6 +165,44 @@ impl Forward<'_> {
                 elementwise::add(row, &position);
             }
         });
+        self.per_layer_inputs(tokens);
+    }
+
+    /// The inputs of per-layer embeddings of `tokens`, whose embeddings are the residual stream.
+    fn per_layer_inputs(&mut self, tokens: &[u32]) {
+        let (pool, model) = (&self.shared.pool, &self.shared.model);
+        let Some(w) = &model.per_layer else { return };
+        let (n, all, each) = (tokens.len(), w.table.inputs(), w.norm.gain.len());
+        let Workspace { x, per_layer, up, linears, .. } = &mut *self.ws;
+        let inputs = sized(per_layer, n * all);
+        plain_products(self.mode, pool, linears, self.counters, (x, n), [(&w.projection, &mut *inputs)]);
+        let scale = 1.0 / (model.spec.width as f32).sqrt();
+        rows::each(pool, inputs, all, |_, row| row.iter_mut().for_each(|v| *v *= scale));
+        normalise_in_place(pool, &model.spec, &w.norm, inputs, up);
+        let (table, of_table) = (w.table.matrix(), (each as f32).sqrt());
+        rows::each(pool, inputs, all, |i, row| {
+            let mut own = vec![0.0; all];
+            decode_run(table.format(), table.row(tokens[i] as usize), &mut own);
+            row.iter_mut().zip(own).for_each(|(v, own)| *v = (*v + own * of_table) * std::f32::consts::FRAC_1_SQRT_2);
+        });
+    }
+
+    /// What a block adds out of its own embedding of the tokens: `x += norm(out(act(gate x) * e))`.
+    fn own_embedding(&mut self, block: &BlockSpec, weights: &Block, n: usize) {
+        let (Some(w), Some(own)) = (&weights.per_layer, block.per_layer) else { return };
+        let (pool, spec) = (&self.shared.pool, &self.shared.model.spec);
+        let Workspace { x, per_layer, gate, y, up, linears, .. } = &mut *self.ws;
+        let (inputs, all) = (&per_layer[..], per_layer.len() / n);
+        let gate = sized(gate, n * own.width);
+        plain_products(self.mode, pool, linears, self.counters, (x, n), [(&w.gate, &mut *gate)]);
+        rows::each(pool, gate, own.width, |i, row| {
+            elementwise::act(own.act, row);
+            row.iter_mut().zip(&inputs[i * all + own.first..]).for_each(|(g, e)| *g *= e);
+        });
+        let y = sized(y, n * spec.width);
+        plain_products(self.mode, pool, linears, self.counters, (gate, n), [(&w.out, &mut *y)]);
+        normalise_in_place(pool, spec, &w.norm, y, up);
+        rows::add_scaled(pool, x, y, spec.width, 1.0);
     }
 
     /// Fills the tables of cosines and sines for `n` positions.
@@ -217,6 +257,7 @@ impl Forward<'_> {
             self.shortcut(shortcuts.and_then(|s| s.mlp.as_ref()), n);
         }
         rows::add_scaled(pool, &mut self.ws.x, &self.ws.y, width, block.residual_scale);
+        self.own_embedding(block, weights, n);
         show(self.observer, Point::Output { layer }, width, &self.ws.x);
     }
 
@@ -225,17 +266,8 @@ impl Forward<'_> {
         let Some(linear) = shortcut else { return };
         let pool = &self.shared.pool;
         let Workspace { x, moved, linears, .. } = &mut *self.ws;
-        let mut parts = [(linear, sized(moved, n * linear.weight.outputs()))];
-        let bytes = linear.weight.bytes().len() as u64;
-        match self.mode {
-            Mode::Decode | Mode::Dense => linears.dense(pool, x, n, &mut parts),
-            Mode::Prefill | Mode::Masked => linears.prefill(pool, x, n, &mut parts),
-        }
-        self.counters.weight_bytes += match self.mode {
-            Mode::Decode | Mode::Dense => bytes,
-            Mode::Prefill => 0,
-            Mode::Masked => bytes * n as u64,
-        };
+        let part = (linear, sized(moved, n * linear.weight.outputs()));
+        plain_products(self.mode, pool, linears, self.counters, (x, n), [part]);
         std::mem::swap(x, moved);
     }
 
@@ -334,6 +366,27 @@ pub(super) struct Site<'a> {
 /// The plan of one layer.
 pub(super) fn layer_plan(plan: Option<&CompiledPlan>, layer: usize) -> Option<&LayerPlan> {
     plan.and_then(|p| p.layers.get(layer))
+}
+
+/// Products of the `n` rows of `x` that no plan reaches.
+fn plain_products<const N: usize>(
+    mode: Mode,
+    pool: &Pool,
+    linears: &mut Linears,
+    counters: &mut Counters,
+    (x, n): (&[f32], usize),
+    mut parts: [(&Linear, &mut [f32]); N],
+) {
+    let bytes: u64 = parts.iter().map(|p| p.0.weight.bytes().len() as u64).sum();
+    counters.weight_bytes += match mode {
+        Mode::Decode | Mode::Dense => bytes,
+        Mode::Prefill => 0,
+        Mode::Masked => bytes * n as u64,
+    };
+    match mode {
+        Mode::Decode | Mode::Dense => linears.dense(pool, x, n, &mut parts),
+        Mode::Prefill | Mode::Masked => linears.prefill(pool, x, n, &mut parts),
+    }
 }
 
 /// Projections of the `n` rows of `x`; while decoding and in masked passes, as the plan says.

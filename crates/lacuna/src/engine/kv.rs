@@ -284,6 +284,7 @@ mod tests {
             act: Act::Relu,
             up_act: None,
             residual_scale: 1.0,
+            per_layer: None,
         };
         Spec {
             arch: "test".into(),

@@ -224,11 +224,14 @@ impl Engine {
     pub fn bytes_per_token(&self, depth: usize) -> u64 {
         let model = self.model();
         let mut bytes = weight_bytes(&model.head) + model.embed.matrix().row_bytes() as u64;
+        bytes +=
+            model.per_layer.as_ref().map_or(0, |p| weight_bytes(&p.projection) + p.table.matrix().row_bytes() as u64);
         for (block, spec) in model.blocks.iter().zip(&model.spec.blocks) {
             bytes += [&block.q, &block.k, &block.v, &block.o].map(weight_bytes).iter().sum::<u64>();
             let latent = block.latent.as_ref().and_then(|l| l.query.as_ref());
             bytes += latent.map_or(0, |(down, _)| weight_bytes(down));
             bytes += block.shortcuts.as_ref().map_or(0, |s| s.bytes());
+            bytes += block.per_layer.as_ref().map_or(0, |p| p.bytes());
             bytes += match &block.mlp {
                 Mlp::Gated(gated) => gated_bytes(gated),
                 Mlp::Plain { up, down } => weight_bytes(up) + weight_bytes(down),

@@ -59,8 +59,20 @@ impl Probe {
         Ok(self.ws.x.clone())
     }
 
-    /// What block `layer` makes of the residual stream `x` (rows of the tokens of one sequence), with every row through
-    /// its own selection by `rules`; without rules, dense.
+    /// Makes `tokens` those that [`Probe::block`] runs over, which matters to models with per-layer embeddings; so does
+    /// [`Probe::embed`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn over(&mut self, tokens: &[u32]) -> Result<()> {
+        if self.shared.model.per_layer.is_some() {
+            self.embed(tokens)?;
+        }
+        Ok(())
+    }
+
+    /// What block `layer` makes of the residual stream `x` (rows of the tokens of one sequence, see [`Probe::over`]), with every
+    /// row through its own selection by `rules`; without rules, dense.
     ///
     /// # Errors
     /// No such layer, or rows that do not fit the model.
@@ -104,6 +116,11 @@ impl Probe {
         let spec = &self.shared.model.spec;
         if layer >= spec.blocks.len() || x.is_empty() || !x.len().is_multiple_of(spec.width) {
             let problem = format!("{} numbers for block {layer} of width {}", x.len(), spec.width);
+            return Err(Error::Argument { name: "x", problem });
+        }
+        let over = self.shared.model.per_layer.as_ref().map(|p| self.ws.per_layer.len() / p.table.inputs());
+        if over.is_some_and(|n| n != x.len() / spec.width) {
+            let problem = "this model has per-layer embeddings, and they were made for another number of tokens".into();
             return Err(Error::Argument { name: "x", problem });
         }
         self.kv.truncate(0);

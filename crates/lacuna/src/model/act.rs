@@ -10,6 +10,7 @@ const NAMES: &[(&str, Act)] = &[
     ("swish", Act::Silu),
     ("gelu", Act::Gelu),
     ("gelu_python", Act::Gelu),
+    ("gelu_erf", Act::Gelu),
     ("gelu_new", Act::GeluTanh),
     ("gelu_fast", Act::GeluTanh),
     ("gelu_pytorch_tanh", Act::GeluTanh),

@@ -5,6 +5,7 @@ use super::names::Names;
 use super::spec::Spec;
 use super::{
     bamboo, gemma2, gemma3, gpt_neox, gpt2, llama, minicpm, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe,
+    tinystories_ple,
 };
 use crate::error::{Error, Result};
 
@@ -60,6 +61,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &bamboo::BAMBOO,
     &minicpm::MINICPM,
     &minicpm::MINICPM3,
+    &tinystories_ple::TINYSTORIES_PLE,
 ];
 
 /// The architecture of a config.json: by `architectures`, else by `model_type`.

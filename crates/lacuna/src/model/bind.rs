@@ -10,6 +10,7 @@ use lacuna_core::weight::{Orientation, Weight};
 use std::ops::Range;
 
 mod latent;
+mod per_layer;
 mod relu_experts;
 
 /// Endings of tensors that some checkpoints carry and no forward pass needs: causal masks and frequency tables.
@@ -31,6 +32,7 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
             Some(source.matrix(&name, spec.context + offset, spec.width)?)
         }
     };
+    let per_layer = b.per_layer_inputs()?;
     let blocks = (0..spec.blocks.len()).map(|i| b.block(i)).collect::<Result<_>>()?;
     let mut final_norm = b.stream_norm(names.final_norm, &[])?;
     final_norm.gain.iter_mut().chain(final_norm.bias.iter_mut().flatten()).for_each(|g| *g *= spec.logit_scale);
@@ -42,7 +44,7 @@ pub fn bind(source: &Source, names: &Names, spec: Spec, tied: Option<bool>, hash
     if !unused.is_empty() {
         tracing::warn!(file = source.file, count = unused.len(), first = unused[0], "tensors of the file are not used");
     }
-    Ok(Model { embed, positions, blocks, final_norm, head, hash, spec, packed: None })
+    Ok(Model { embed, positions, per_layer, blocks, final_norm, head, hash, spec, packed: None })
 }
 
 /// Binds the tensors of block `i` alone.
@@ -189,6 +191,7 @@ impl Binder<'_> {
             mlp_post_norm: post(n.mlp_post_norm)?,
             mlp: self.mlp(i, &b.mlp)?,
             shortcuts: self.shortcuts(i)?,
+            per_layer: b.per_layer.map(|p| self.per_layer(i, p)).transpose()?,
             predictor: self.predictor(i, &b.mlp)?,
         })
     }

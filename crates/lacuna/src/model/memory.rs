@@ -130,7 +130,9 @@ fn copy_bytes(weight: &Weight) -> u64 {
 fn weights(checkpoint: &Checkpoint, positions: u64) -> u64 {
     let head = checkpoint.names.head;
     let tied = checkpoint.tied.unwrap_or_else(|| !checkpoint.source.tensors.keys().any(|n| is(n, head)));
-    let looked_up = |name: &str| checkpoint.mode == LoadMode::Map && !tied && is(name, checkpoint.names.embed);
+    let names = checkpoint.names;
+    let table = |name: &str| !names.per_layer.table.is_empty() && is(name, names.per_layer.table);
+    let looked_up = |name: &str| checkpoint.mode == LoadMode::Map && (!tied && is(name, names.embed) || table(name));
     let tensors = checkpoint.source.tensors.iter();
     let each = tensors.map(|(name, t)| {
         let all = t.loaded_bytes();
@@ -177,7 +179,7 @@ fn scratch(checkpoint: &Checkpoint, demand: &Demand) -> u64 {
 
 /// Numbers per token: residual stream (twice where it passes from basis to basis), normalised input, results of attention
 /// and MLP; queries and attended values, keys and values, cosines and sines; gate and up; for experts the gathered inputs,
-/// the results and the scores; what latent attention has besides.
+/// the results and the scores; what latent attention has besides, and per-layer embeddings.
 fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
     let rotary: usize = spec.ropes.iter().map(|r| 2 * r.freqs.len()).sum();
     let experts = match b.mlp {
@@ -190,7 +192,8 @@ fn row_numbers(spec: &Spec, b: &BlockSpec) -> usize {
     let latent = b.latent.map_or(0, expanded);
     let up = inner(b).max(if b.rope.is_some() { b.heads * b.head_dim } else { 0 });
     let streams = 4 + usize::from(spec.norm_width.is_some());
-    streams * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts + latent
+    let own = spec.per_layer_inputs() + b.per_layer.map_or(0, |p| p.width);
+    own + streams * spec.width + 2 * b.head_dim * (b.heads + b.kv_heads) + rotary + gate + up + experts + latent
 }
 
 fn inner(b: &BlockSpec) -> usize {

@@ -33,6 +33,7 @@ pub mod rope;
 pub mod shape;
 pub mod source;
 pub mod spec;
+pub mod tinystories_ple;
 pub mod validate;
 pub mod weights;
 

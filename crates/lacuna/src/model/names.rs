@@ -66,6 +66,27 @@ pub struct ReluExpertNames {
 /// No such experts.
 pub const NO_RELU_EXPERTS: ReluExpertNames = ReluExpertNames { norm: "", pairs: &[], alike: &[] };
 
+/// Names of per-layer embeddings.
+#[derive(Clone, Copy, Debug)]
+pub struct PerLayerNames {
+    /// From the embedding to the inputs of all blocks.
+    pub projection: &'static str,
+    /// Norm of that.
+    pub norm: &'static str,
+    /// One row per token.
+    pub table: &'static str,
+    /// From the residual stream.
+    pub gate: &'static str,
+    /// Back to it.
+    pub out: &'static str,
+    /// Norm of what is added.
+    pub out_norm: &'static str,
+}
+
+/// No per-layer embeddings.
+pub const NO_PER_LAYER: PerLayerNames =
+    PerLayerNames { projection: "", norm: "", table: "", gate: "", out: "", out_norm: "" };
+
 /// No latent attention.
 pub const NO_LATENT: LatentNames =
     LatentNames { q: "", q_down: "", q_norm: "", q_up: "", kv_down: "", kv_norm: "", kv_up: "" };
@@ -117,6 +138,8 @@ pub struct Names {
     pub latent: LatentNames,
     /// Experts behind a router with a ReLU; empty where the architecture has none.
     pub relu_experts: ReluExpertNames,
+    /// Per-layer embeddings; empty where the architecture has none.
+    pub per_layer: PerLayerNames,
     /// Added to every stored gain (Gemma stores `gain - 1`).
     pub gain_offset: f32,
     /// The setting that says how wide the residual stream is.
@@ -166,6 +189,7 @@ pub const LLAMA: Names = Names {
     experts: Experts::None,
     latent: NO_LATENT,
     relu_experts: NO_RELU_EXPERTS,
+    per_layer: NO_PER_LAYER,
     gain_offset: 0.0,
     width: "hidden_size",
     inner: "intermediate_size",
@@ -200,6 +224,7 @@ pub const GGUF: Names = Names {
     experts: Experts::Stacked("blk.{}.ffn_gate_exps", "blk.{}.ffn_up_exps", "blk.{}.ffn_down_exps"),
     latent: NO_LATENT,
     relu_experts: NO_RELU_EXPERTS,
+    per_layer: NO_PER_LAYER,
     gain_offset: 0.0,
     width: "embedding_length",
     inner: "feed_forward_length",

@@ -96,6 +96,7 @@ impl Shape {
             act,
             up_act: None,
             residual_scale: 1.0,
+            per_layer: None,
         };
         Spec {
             arch: arch.into(),

@@ -109,6 +109,20 @@ pub struct Latent {
     pub eps: f32,
 }
 
+/// What a block adds to the residual stream out of its own embedding of the token (per-layer embeddings, Gemma 3n): behind the MLP
+/// `x += norm(out(act(gate x) * e))`. For all blocks at once the inputs `e` are
+/// `(norm(projection x_0 / sqrt(width)) + table[token] * sqrt(P)) / sqrt(2)`, with the embedding `x_0` and norms over the `P` numbers of a
+/// block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PerLayer {
+    /// Where its numbers begin among those of all blocks.
+    pub first: usize,
+    /// How many they are: `P`.
+    pub width: usize,
+    /// The non-linearity.
+    pub act: Act,
+}
+
 /// One transformer block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockSpec {
@@ -138,6 +152,8 @@ pub struct BlockSpec {
     pub up_act: Option<Act>,
     /// Factor on what attention and MLP add to the residual stream (MiniCPM: `scale_depth / sqrt(blocks)`), usually 1.
     pub residual_scale: f32,
+    /// Its own embedding of the token, where it has one.
+    pub per_layer: Option<PerLayer>,
 }
 
 impl BlockSpec {
@@ -183,6 +199,11 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// Numbers of a token's inputs of all blocks, in models with per-layer embeddings; otherwise 0.
+    pub fn per_layer_inputs(&self) -> usize {
+        self.blocks.iter().filter_map(|b| b.per_layer).map(|p| p.first + p.width).max().unwrap_or(0)
+    }
+
     /// Longest context that can be computed: rotary positions go on behind what the model was trained with, a table of
     /// learned positions ends.
     pub fn most_positions(&self) -> usize {

@@ -93,6 +93,28 @@ pub struct Shortcuts {
     pub mlp: Option<Linear>,
 }
 
+/// Where the inputs of per-layer embeddings come from ([`super::spec::PerLayer`]); `inputs`: numbers of all blocks.
+#[derive(Clone, Debug)]
+pub struct PerLayerInputs {
+    /// `[inputs, width]`, of the embedding.
+    pub projection: Linear,
+    /// Of the numbers of each block.
+    pub norm: Norm,
+    /// One row per token, `[vocab, inputs]`.
+    pub table: Weight,
+}
+
+/// What a block makes of its inputs.
+#[derive(Clone, Debug)]
+pub struct PerLayerBranch {
+    /// `[P, width]`.
+    pub gate: Linear,
+    /// `[width, P]`.
+    pub out: Linear,
+    /// Of what is added.
+    pub norm: Norm,
+}
+
 /// The weights of one block.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -124,6 +146,8 @@ pub struct Block {
     pub mlp: Mlp,
     /// Where the residual stream has a basis of its own in every block ([`Spec::norm_width`]).
     pub shortcuts: Option<Shortcuts>,
+    /// Its own embedding of the token, where it has one.
+    pub per_layer: Option<PerLayerBranch>,
     /// The predictor of active neurons that came with it.
     pub predictor: Option<StoredPredictor>,
 }
@@ -147,6 +171,8 @@ pub struct Model {
     pub embed: Weight,
     /// Learned positions `[context + offset, width]`.
     pub positions: Option<Weight>,
+    /// Where the inputs of per-layer embeddings come from.
+    pub per_layer: Option<PerLayerInputs>,
     /// One per entry of `spec.blocks`.
     pub blocks: Vec<Block>,
     /// Before the output head.
@@ -163,6 +189,13 @@ impl Shortcuts {
     /// Bytes of the matrices.
     pub fn bytes(&self) -> u64 {
         [Some(&self.attn), self.mlp.as_ref()].into_iter().flatten().map(|l| l.weight.bytes().len() as u64).sum()
+    }
+}
+
+impl PerLayerBranch {
+    /// Bytes of the matrices.
+    pub fn bytes(&self) -> u64 {
+        [&self.gate, &self.out].map(|l| l.weight.bytes().len() as u64).iter().sum()
     }
 }
 

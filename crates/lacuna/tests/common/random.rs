@@ -1,8 +1,8 @@
 //! Small random models, made in memory.
 
 use lacuna::model::{
-    spec::{Act, BlockSpec, Latent, MlpSpec, NormKind, Position, Rope, RopePairs, RouterScale, Spec},
-    weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, Ungated},
+    spec::{Act, BlockSpec, Latent, MlpSpec, NormKind, PerLayer, Position, Rope, RopePairs, RouterScale, Spec},
+    weights::{Block, Gated, LatentWeights, Linear, Mlp, Model, Norm, PerLayerBranch, PerLayerInputs, Ungated},
 };
 use lacuna_core::weight::{Orientation, Weight};
 use lacuna_kernels::{Format, convert::encode_run};
@@ -20,6 +20,8 @@ pub struct Kind {
     pub classic: bool,
     /// Latent attention.
     pub latent: bool,
+    /// Per-layer embeddings.
+    pub per_layer: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,9 +40,13 @@ pub const PLAIN_LLAMA: Kind = Kind {
     window: None,
     classic: false,
     latent: false,
+    per_layer: false,
 };
 
 const LATENT: Latent = Latent { q_rank: Some(32), kv_rank: 32, nope: 10, rope: 6, value: 8, eps: 1e-6 };
+
+/// Numbers of a block's own embedding.
+const OWN: usize = 32;
 
 pub const WIDTH: usize = 64;
 pub const INNER: usize = 96;
@@ -147,6 +153,11 @@ impl Maker {
             mlp_post_norm: None,
             mlp: self.mlp(),
             shortcuts: None,
+            per_layer: self.kind.per_layer.then(|| PerLayerBranch {
+                gate: self.linear(OWN, WIDTH),
+                out: self.linear(WIDTH, OWN),
+                norm: self.norm(),
+            }),
             predictor: None,
         }
     }
@@ -175,6 +186,7 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         act: kind.act,
         up_act: kind.drelu.then_some(kind.act),
         residual_scale: 1.0,
+        per_layer: None,
     };
     let rotated = if kind.latent { LATENT.rope } else { 16 };
     let freqs = (0..rotated / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotated as f32)).collect();
@@ -194,8 +206,19 @@ pub fn model(kind: Kind, seed: u64) -> Model {
         predictor_threshold: 0.0,
         blocks: vec![block; LAYERS],
     };
+    let mut spec = spec;
+    if kind.per_layer {
+        for (i, b) in spec.blocks.iter_mut().enumerate() {
+            b.per_layer = Some(PerLayer { first: i * OWN, width: OWN, act: Act::Gelu });
+        }
+    }
     let embed = m.weight(VOCAB, WIDTH);
     Model {
+        per_layer: kind.per_layer.then(|| PerLayerInputs {
+            projection: m.linear(LAYERS * OWN, WIDTH),
+            norm: Norm { gain: m.gains(OWN), bias: None, over: OWN },
+            table: m.weight(VOCAB, LAYERS * OWN),
+        }),
         positions: kind.classic.then(|| m.weight(CONTEXT + 2, WIDTH)),
         blocks: (0..LAYERS).map(|_| m.block()).collect(),
         final_norm: m.norm(),

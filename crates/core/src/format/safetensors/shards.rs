@@ -1,5 +1,5 @@
 //! A checkpoint of one or several safetensors files: `model.safetensors`, or the shards that
-//! `model.safetensors.index.json` lists.
+//! `model.safetensors.index.json` lists, or else the only such file of the folder.
 
 use super::{Entry, Tensors};
 use crate::{
@@ -18,6 +18,14 @@ use std::{
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const INCOMPLETE: &str = "The download is incomplete: fetch the missing file, or the whole model, again";
+
+/// The name of the only safetensors file of `dir`, if there is one and it is no shard of several.
+fn only(dir: &Path) -> Option<String> {
+    let names = std::fs::read_dir(dir).ok()?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+    let mut names = names.filter(|n| n.ends_with(".safetensors"));
+    let name = names.next().filter(|n| !n.contains("-of-") && !n.starts_with("adapter"))?;
+    names.next().is_none().then_some(name)
+}
 
 /// All tensors of a checkpoint, whatever files they are in.
 #[derive(Clone, Debug)]
@@ -40,12 +48,15 @@ impl Model {
         };
         let index = dir.join(INDEX);
         if !index.exists() {
-            if !dir.join(SINGLE).exists() {
+            if dir.join(SINGLE).exists() {
+                return Self::from_files(vec![load(SINGLE)?]).map_err(|e| e.in_file(dir));
+            }
+            let Some(name) = only(dir) else {
                 let what = format!("`{SINGLE}` or `{INDEX}`");
                 let remedy = "Give a folder with safetensors weights (PyTorch `.bin` files must be converted first)";
                 return Err(Error::missing(what, remedy).in_file(dir));
-            }
-            return Self::from_files(vec![load(SINGLE)?]).map_err(|e| e.in_file(dir));
+            };
+            return Self::from_files(vec![load(&name)?]).map_err(|e| e.in_file(dir));
         }
         let map = read_small(&index, cap::HEADER).and_then(|json| shard_names(&json)).map_err(|e| e.in_file(&index))?;
         let mut files = Vec::new();

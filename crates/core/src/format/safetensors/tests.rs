@@ -192,6 +192,14 @@ fn sharded_checkpoints() {
         shape: &[1],
         data: &[0, 0, 128, 63],
     });
+    put("model-00001-of-00002.safetensors", &bytes_of(&both, &[]));
+    assert!(message().contains("is missing"), "several files, and which is the model nobody says");
+    for name in ["1.safetensors", "2.safetensors"] {
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    assert!(message().contains("is missing"), "a shard alone");
+    std::fs::rename(dir.path().join("model-00001-of-00002.safetensors"), dir.path().join("only.safetensors")).unwrap();
+    assert_eq!(Model::open(dir.path(), crate::map::LoadMode::Map).unwrap().hash(b"config"), split);
     put("model.safetensors", &bytes_of(&both, &[]));
     let single = Model::open(dir.path(), crate::map::LoadMode::Map).unwrap();
     assert_eq!(single.hash(b"config"), split, "the split into shards does not matter");

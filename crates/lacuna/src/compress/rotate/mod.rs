@@ -116,6 +116,9 @@ impl Plan<'_> {
         if self.spec.blocks.iter().any(|b| b.latent.is_some()) {
             return refuse("the matrices of latent attention are not reached");
         }
+        if self.spec.per_layer_inputs() > 0 {
+            return refuse("per-layer embeddings have a norm behind them, whose gains depend on the basis");
+        }
         Ok(())
     }
 

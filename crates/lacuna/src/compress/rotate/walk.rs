@@ -161,7 +161,7 @@ impl Walk<'_> {
             if let Some(projector) = &projector {
                 x = times(self.pool(), &x, width, projector);
             }
-            let mut x = runner.run(&x)?;
+            let mut x = runner.run(&x, hidden.tokens(i))?;
             if self.centred() {
                 centre(&mut x, width);
             }
