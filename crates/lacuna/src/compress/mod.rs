@@ -9,7 +9,7 @@ mod block;
 mod choices;
 mod fold;
 mod gguf;
-mod gram;
+pub mod gram;
 mod hidden;
 mod homes;
 mod influence;
