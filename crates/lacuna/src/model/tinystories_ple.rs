@@ -12,7 +12,7 @@ use crate::error::Result;
 /// See the module.
 pub static TINYSTORIES_PLE: Architecture = Architecture {
     name: "tinystories-ple",
-    classes: &["TinyStoriesPleForCausalLM"],
+    classes: &[],
     model_types: &["tinystories-ple"],
     spec,
     names: &NAMES,

@@ -145,7 +145,7 @@ pub fn configure(config: &mut Value, plan: &Plan<'_>, sliced: &Sliced) {
     }
     let arch = ARCHITECTURES.iter().find(|a| a.name == sliced.spec.arch);
     if let (Some(arch), true) = (arch, config.get("architectures").is_none_or(Value::is_null)) {
-        config["architectures"] = json!([arch.classes[0]]);
+        config["architectures"] = json!(arch.classes.first().into_iter().collect::<Vec<_>>());
     }
     // Programs that go by this name alone must not load the matrices without their shortcuts.
     let of = config.get("model_type").and_then(Value::as_str).unwrap_or(&sliced.spec.arch);
