@@ -6,7 +6,7 @@ mod common {
 
 use common::random::{self, CONTEXT, Kind, MlpKind, PLAIN_LLAMA, VOCAB, distance, tokens};
 use lacuna::{
-    engine::{CompiledPlan, Engine, InputRule, KvType, LayerPlan, NeuronRule, Options, Session},
+    engine::{CompiledPlan, Engine, InputRule, KvType, LayerPlan, NeuronRule, Options, Session, probe::Probe},
     error::Error,
     model::{
         spec::Act,
@@ -315,4 +315,59 @@ fn observers_see_the_points_of_the_reference() {
             }
         }
     }
+}
+
+/// Collects everything up to a point.
+struct UpTo(Point, All);
+
+impl Observer for UpTo {
+    fn wants(&self, _: Point) -> bool {
+        true
+    }
+
+    fn ends(&self, point: Point) -> bool {
+        point == self.0
+    }
+
+    fn observe(&mut self, point: Point, width: usize, values: &[f32]) {
+        self.1.observe(point, width, values);
+    }
+}
+
+#[test]
+fn single_blocks_end_where_the_observer_says() {
+    let plain = Kind { mlp: MlpKind::Plain, act: Act::Gelu, classic: true, ..PLAIN_LLAMA };
+    for kind in [PLAIN_LLAMA, plain, Kind { per_layer: true, ..PLAIN_LLAMA }] {
+        let engine = engine(random::model(kind, 12), exact());
+        let mut probe = Probe::new(&engine);
+        let x = probe.embed(&tokens(9, 5)).expect("tokens of the vocabulary");
+        let mut all = All::default();
+        let whole = probe.observed(1, &x, &mut all).expect("rows of the stream").to_vec();
+        for end in [Proj::Q, Proj::V, Proj::O, Proj::Up, Proj::Down].map(|proj| Point::Input { layer: 1, proj }) {
+            let mut seen = UpTo(end, All::default());
+            probe.observed(1, &x, &mut seen).expect("rows of the stream");
+            let last = all.0.iter().position(|p| p.0 == end).expect("a point of this block");
+            assert!(seen.1.0 == all.0[..=last], "{kind:?} {end}");
+            assert_eq!(
+                probe.block(1, &x, None).expect("rows of the stream"),
+                whole,
+                "{kind:?}: the next pass is whole"
+            );
+        }
+    }
+}
+
+#[test]
+fn per_layer_embeddings_must_be_of_the_rows_they_are_used_for() {
+    let engine = engine(random::model(Kind { per_layer: true, ..PLAIN_LLAMA }, 13), exact());
+    let mut probe = Probe::new(&engine);
+    let (long, short) = (tokens(9, 6), tokens(4, 7));
+    let x = probe.embed(&long).expect("tokens of the vocabulary");
+    let right = probe.block(0, &x, None).expect("rows of the stream").to_vec();
+    probe.over(&short).expect("tokens of the vocabulary");
+    assert!(probe.block(0, &x, None).is_err_and(|e| e.to_string().contains("per-layer embeddings")));
+    probe.over(&tokens(9, 8)).expect("tokens of the vocabulary");
+    assert_ne!(probe.block(0, &x, None).expect("rows of the stream"), right, "other tokens, other inputs");
+    probe.over(&long).expect("tokens of the vocabulary");
+    assert_eq!(probe.block(0, &x, None).expect("rows of the stream"), right);
 }

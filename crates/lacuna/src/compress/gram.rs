@@ -196,7 +196,7 @@ fn turn(pool: &Pool, x: &[f32], n: usize, form: Form, [first, second]: [&mut Vec
                 to[..inputs].copy_from_slice(&from[part * TURN..][..inputs]);
             }
             for j in 0..inputs {
-                let numbers: [f32; SPAN] = std::array::from_fn(|t| copy[t][j]);
+                let numbers = copy.each_ref().map(|row| row[j]);
                 let at = j * row + block * SPAN * width..j * row + ((block + 1) * SPAN * width).min(row);
                 match second {
                     None => put(&mut first[at], numbers.map(f32::to_le_bytes)),
