@@ -159,6 +159,7 @@ impl Cursor {
     }
 
     /// Where it is in the bytes.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn place(&self) -> usize {
         self.at
     }
