@@ -34,7 +34,8 @@ impl Strip {
             self.cursors.iter_mut().for_each(|c| c.skip(w, cols.start));
         }
         (self.of, self.next) = (of, cols.end);
-        self.span = w.data().len() / w.rows().max(1) * cols.len() / w.cols().max(1);
+        // No unit takes three bytes per column, whatever the bytes of a damaged matrix add up to.
+        self.span = (w.data().len() / w.rows().max(1) * cols.len() / w.cols().max(1)).min(3 * cols.len());
         (0..AHEAD).for_each(|i| self.fetch(w, i));
     }
 
