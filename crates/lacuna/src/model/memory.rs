@@ -19,7 +19,7 @@ use lacuna_kernels::{Format, gemm};
 /// Pages that the system maps around one that is touched (Linux: `fault_around_bytes`).
 const AROUND: u64 = 64 << 10;
 /// The program itself: its code, its libraries, its log.
-const PROGRAM: u64 = 9_000_000;
+const PROGRAM: u64 = 9_700_000;
 /// What a SentencePiece tokenizer holds per entry of the vocabulary.
 const SPM_TOKEN: u64 = 150;
 /// What a BPE tokenizer holds per entry of the vocabulary: both directions of the table, and the merges.
