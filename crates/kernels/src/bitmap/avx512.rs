@@ -88,8 +88,10 @@ macro_rules! for_units {
     }};
 }
 
+// The products are not inlined: three of them in one function leave none enough registers.
+
 /// As the dense product: pairs of bf16 in 32 bits widen by a shift (even) and by a mask (odd).
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,popcnt")]
 fn dot_bf16<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> [f32; R] {
     let x = x.split().as_chunks::<64>().0;
@@ -123,24 +125,6 @@ fn floats(v: &[f32]) -> __m512 {
     unsafe { _mm512_loadu_ps(v.as_ptr()) }
 }
 
-/// The first 64 codes.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn codes(q: &[i8]) -> __m512i {
-    let q: &[i8; 64] = q.first_chunk().expect("callers pass at least a register's worth");
-    // SAFETY: the array has 64 bytes.
-    unsafe { _mm512_loadu_si512(q.as_ptr().cast()) }
-}
-
-/// The first sixteen lanes.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn lanes(v: &[i32]) -> __m512i {
-    let v: &[i32; 16] = v.first_chunk().expect("callers pass at least a register's worth");
-    // SAFETY: the array has sixteen numbers.
-    unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
-}
-
 /// What the rows of block formats share for one unit: 128 codes in the order of Q4_0, what codes without their offset of 8
 /// start from, and the scales of the four blocks.
 #[derive(Clone, Copy)]
@@ -152,14 +136,19 @@ struct Shared {
 }
 
 impl Shared {
+    /// Arrays, not slices to be checked: the products keep their sums in registers only if this is part of their loop.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn load(x: &Operand, u: usize) -> Self {
-        let (q, d) = (&x.q4_0().q[u * 128..], &x.int8().d[u * 4..]);
-        let d: &[f32; 4] = d.first_chunk().expect("a scale per block of the padded vector");
-        // SAFETY: the array has four numbers.
-        let d = unsafe { _mm_loadu_ps(d.as_ptr()) };
-        Self { first: codes(q), second: codes(&q[64..]), bias: lanes(&x.q4_0().bias[u * 16..]), d }
+    fn load(q: &[i8; 128], bias: &[i32; 16], d: &[f32; 4]) -> Self {
+        // SAFETY: the arrays have as many bytes as are read.
+        unsafe {
+            Self {
+                first: _mm512_loadu_si512(q.as_ptr().cast()),
+                second: _mm512_loadu_si512(q.as_ptr().add(64).cast()),
+                bias: _mm512_loadu_si512(bias.as_ptr().cast()),
+                d: _mm_loadu_ps(d.as_ptr()),
+            }
+        }
     }
 }
 
@@ -173,12 +162,14 @@ fn scales(stored: i64, d: __m128) -> __m512 {
 }
 
 /// Values carry an offset of 128, and so do the places between them; the bias takes it back.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
 fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> [f32; R] {
+    let q = x.q4_0().q.as_chunks::<128>().0;
+    let (bias, d) = (x.q4_0().bias.as_chunks::<16>().0, x.int8().d.as_chunks::<4>().0);
     let zero = _mm512_set1_epi8(-128);
     let mut acc = [_mm512_setzero_ps(); R];
-    for_units!(w, starts, |u, x = Shared::load(x, u), reader, r, at| {
+    for_units!(w, starts, |u, x = Shared::load(&q[u], &bias[u], &d[u]), reader, r, at| {
         // SAFETY: `at` is within the limit; all reads end before `24 + 64 + 64` bytes.
         let (m0, m1, stored, first) = unsafe {
             let (m0, m1) = (reader.read::<u64>(at, 0), reader.read::<u64>(at, 8));
@@ -198,14 +189,16 @@ fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
 }
 
 /// A unit is a group of the dense product: four lanes for each of four scales, low nibbles before high ones.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,gfni,f16c,popcnt")]
 fn dot_q4_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> [f32; R] {
+    let q = x.q4_0().q.as_chunks::<128>().0;
+    let (bias, d) = (x.q4_0().bias.as_chunks::<16>().0, x.int8().d.as_chunks::<4>().0);
     let (low, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
     // Byte 7 - i of the matrix selects the bits that make result bit i: bits 4-7 move to 0-3.
     let down = _mm512_set1_epi64(0x1020_4080_0000_0000);
     let mut acc = [_mm512_setzero_ps(); R];
-    for_units!(w, starts, |u, x = Shared::load(x, u), reader, r, at| {
+    for_units!(w, starts, |u, x = Shared::load(&q[u], &bias[u], &d[u]), reader, r, at| {
         // SAFETY: `at` is within the limit; all reads end before `24 + 64` bytes.
         let (m0, m1, stored, values) = unsafe {
             let (m0, m1) = (reader.read::<u64>(at, 0), reader.read::<u64>(at, 8));
