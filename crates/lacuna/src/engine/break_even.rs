@@ -29,12 +29,12 @@ fn default_zeros(format: Format) -> f32 {
         _ if isa::get() == Isa::Neon => 1.0,
         Format::Bf16 => 0.25,
         Format::Q8_0 => 0.35,
-        _ => 0.8,
+        _ => 0.65,
     }
 }
 
 /// Raised when kernels change their speed, or the way it is measured: what was measured before is measured again.
-const KERNELS: u32 = 3;
+const KERNELS: u32 = 4;
 
 /// How much of the dense time a product with chosen channels may take: shares differ from token to token, and measurements
 /// from hour to hour, while a layer that stays dense loses nothing.
