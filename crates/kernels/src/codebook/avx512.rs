@@ -43,12 +43,10 @@ struct Shared {
 }
 
 impl Shared {
+    /// Arrays, not slices to be checked: the products keep their sums in registers only if this is part of their loop.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn load(x: &Operand, u: usize) -> Self {
-        let q: &[i8; UNIT] = x.q4_0().q[u * UNIT..].first_chunk().expect("vectors are padded to whole units");
-        let bias: &[i32; 16] = x.q4_0().bias[u * 16..].first_chunk().expect("a lane for eight codes");
-        let d: &[f32; 16] = x.q4_0().d4[u * 16..].first_chunk().expect("a scale per lane");
+    fn load(q: &[i8; UNIT], bias: &[i32; 16], d: &[f32; 16]) -> Self {
         // SAFETY: the arrays have 128, 64 and 64 bytes.
         unsafe {
             Self {
@@ -130,9 +128,12 @@ fn look_up<const BITS: usize>(table: &[u8], codes: __m512i) -> [__m512i; 2] {
     }
 }
 
-#[inline]
+/// Not inlined: the forms for several widths in one function leave none enough registers.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")]
 fn dot<const R: usize, const BITS: usize>(w: &Codebook, rows: [usize; R], x: &Operand) -> [f32; R] {
+    let x = x.q4_0();
+    let (q, bias, d) = (x.q.as_chunks::<UNIT>().0, x.bias.as_chunks::<16>().0, x.d4.as_chunks::<16>().0);
     let streams = rows.map(|r| w.row(r).as_ptr());
     let books = rows.map(|r| w.first_book(r));
     let (units, per_span) = (w.cols().div_ceil(UNIT), w.span / UNIT);
@@ -141,7 +142,7 @@ fn dot<const R: usize, const BITS: usize>(w: &Codebook, rows: [usize; R], x: &Op
         let tables = books.map(|b| w.table(b + span));
         let mut sums = [_mm512_setzero_ps(); R];
         for u in span * per_span..units.min((span + 1) * per_span) {
-            let x = Shared::load(x, u);
+            let x = Shared::load(&q[u], &bias[u], &d[u]);
             for r in 0..R {
                 let at = streams[r].wrapping_add(u * 16 * BITS);
                 prefetch(at.wrapping_add(AHEAD));

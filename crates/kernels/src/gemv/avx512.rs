@@ -10,7 +10,6 @@ use super::{Rows, WIDE};
 use crate::Format;
 use crate::format::last_group;
 use crate::x86::Ahead;
-use half::f16;
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim, four at a time and far apart: hardware prefetchers follow one stream per page, so rows
@@ -253,9 +252,11 @@ fn dot_q4_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
     sums(acc)
 }
 
+/// An f16 in all lanes. (The plain conversion asks on every call what the CPU has, and brings along what it does without.)
 #[inline]
-pub(super) fn half(bytes: [u8; 2]) -> f32 {
-    f16::from_le_bytes(bytes).to_f32()
+#[target_feature(enable = "avx512f")]
+pub(super) fn half(bytes: [u8; 2]) -> __m512 {
+    _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(u16::from_le_bytes(bytes).into())))
 }
 
 /// One super-block at a time; each register holds two sub-blocks of 32, eight lanes each.
@@ -330,7 +331,7 @@ fn dot_q6k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             // SAFETY: bytes 192 to 207 lie inside the 210.
             let scale = unsafe { _mm_loadu_si128(b.as_ptr().add(192).cast()) };
             let scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scale));
-            let wd = _mm512_set1_ps(half([b[208], b[209]]));
+            let wd = half([b[208], b[209]]);
             let scale = _mm512_mul_ps(_mm512_mul_ps(scale, wd), d);
             let (first, second) = (
                 q6k_half(at512::<0, 210>(b), at256::<128, 210>(b)),

@@ -299,7 +299,7 @@ fn dot_q6k<const R: usize, const V: usize>(rows: Group<R>, xs: [&Operand; V]) ->
             // SAFETY: bytes 192 to 207 lie inside the 210.
             let scale = unsafe { _mm_loadu_si128(b.as_ptr().add(192).cast()) };
             let scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scale));
-            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(half([b[208], b[209]])));
+            let scale = _mm512_mul_ps(scale, half([b[208], b[209]]));
             let (first, second) = (
                 q6k_half(at512::<0, 210>(b), at256::<128, 210>(b)),
                 q6k_half(at512::<64, 210>(b), at256::<160, 210>(b)),

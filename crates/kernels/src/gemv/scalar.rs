@@ -59,6 +59,8 @@ fn dot_q4_0(row: &[u8], x: &Int8) -> f32 {
 }
 
 /// The eight 6-bit scales and the eight 6-bit minima of a Q4_K super-block, each as bytes of a u64 (lowest first).
+/// Always inlined: a call amid a wide kernel spills all its registers.
+#[inline(always)]
 pub(crate) fn q4k_scales(s: &[u8]) -> (u64, u64) {
     let word = |i: usize| u32::from_le_bytes([s[i], s[i + 1], s[i + 2], s[i + 3]]);
     let (a, b, c) = (word(0), word(4), word(8));
