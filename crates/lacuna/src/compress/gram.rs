@@ -10,7 +10,10 @@
 
 use lacuna_core::{compress::Inputs, observer::Observer, site::Point};
 use lacuna_kernels::{Format, Isa, Matrix, Pool, convert::decode_run, gemm, isa};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 /// Tokens of one product.
 const TOKENS: usize = 2048;
@@ -34,15 +37,15 @@ pub struct Gather<'a> {
 struct Seen {
     point: Point,
     inputs: Inputs,
-    /// Vectors that are not in the Gram matrix yet.
-    waiting: Vec<f32>,
+    /// Vectors that are not in the Gram matrix yet: how many, and one row of [`TOKENS`] numbers per input, in the parts of
+    /// [`Form`].
+    held: usize,
+    turned: [Vec<u8>; 2],
 }
 
 /// Buffers of a product, kept from one to the next.
 struct Scratch {
     form: Form,
-    /// One row of all tokens per input, in the parts of [`Form`].
-    turned: [Vec<u8>; 2],
     rows: Vec<f32>,
     input: gemm::Input,
     product: Vec<f32>,
@@ -71,7 +74,12 @@ impl<'a> Gather<'a> {
     /// added up.
     pub fn new(pool: &'a Pool, points: impl IntoIterator<Item = (Point, usize)>, gram: bool) -> Self {
         let empty = |n: usize| Inputs { tokens: 0, squares: vec![0.0; n], gram: gram.then(|| vec![0.0; n * n]) };
-        let seen = points.into_iter().map(|(point, n)| Seen { point, inputs: empty(n), waiting: Vec::new() });
+        let seen = points.into_iter().map(|(point, n)| Seen {
+            point,
+            inputs: empty(n),
+            held: 0,
+            turned: Default::default(),
+        });
         let form = if isa::get() == Isa::Amx { Form::Halves } else { Form::Single };
         Self { pool, seen: seen.collect(), scratch: Scratch::new(form), broken: None }
     }
@@ -83,12 +91,14 @@ impl<'a> Gather<'a> {
 
     /// Fills the lower triangles, and takes the squares from the diagonals.
     pub fn finish(mut self) -> Vec<(Point, Inputs)> {
-        for Seen { inputs, waiting, .. } in &mut self.seen {
+        for Seen { inputs, held, turned, .. } in &mut self.seen {
             let n = inputs.squares.len();
             let Some(gram) = &mut inputs.gram else { continue };
-            self.scratch.add(self.pool, gram, n, waiting);
-            *waiting = Vec::new();
-            mirror(gram, n);
+            let width = self.scratch.form.format().block_bytes();
+            turned.iter_mut().for_each(|part| close_up(part, TOKENS * width, *held * width));
+            self.scratch.add(self.pool, gram, n, *held, turned);
+            *turned = Default::default();
+            mirror(self.pool, gram, n);
             (0..n).for_each(|i| inputs.squares[i] = gram[i * n + i]);
         }
         self.seen.into_iter().map(|s| (s.point, s.inputs)).collect()
@@ -105,46 +115,47 @@ impl Observer for Gather<'_> {
     }
 
     fn observe(&mut self, point: Point, width: usize, values: &[f32]) {
-        let Some(Seen { inputs, waiting, .. }) = self.seen.iter_mut().find(|s| s.point == point) else { return };
-        if let Some(bad) = values.iter().find(|x| !x.is_finite()) {
-            self.broken.get_or_insert((point, *bad));
-            return;
-        }
+        let Some(Seen { inputs, held, turned, .. }) = self.seen.iter_mut().find(|s| s.point == point) else { return };
         inputs.tokens += (values.len() / width) as u64;
-        let Some(gram) = &mut inputs.gram else {
+        let mut finite = true;
+        if let Some(gram) = &mut inputs.gram {
+            let mut rest = values;
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(rest.len().min((TOKENS - *held) * width));
+                finite &= turn(self.pool, now, width, self.scratch.form, turned, *held);
+                *held += now.len() / width;
+                if *held == TOKENS {
+                    self.scratch.add(self.pool, gram, width, TOKENS, turned);
+                    *held = 0;
+                }
+                rest = later;
+            }
+        } else {
+            finite = values.iter().all(|x| x.is_finite());
             for row in values.chunks_exact(width) {
                 inputs.squares.iter_mut().zip(row).for_each(|(s, x)| *s += f64::from(*x) * f64::from(*x));
             }
-            return;
-        };
-        let mut rest = values;
-        while waiting.len() + rest.len() >= TOKENS * width {
-            let (now, later) = rest.split_at(TOKENS * width - waiting.len());
-            waiting.extend_from_slice(now);
-            self.scratch.add(self.pool, gram, width, waiting);
-            (rest, _) = (later, waiting.clear());
         }
-        waiting.extend_from_slice(rest);
+        if let Some(bad) = values.iter().find(|x| !finite && !x.is_finite()) {
+            self.broken.get_or_insert((point, *bad));
+        }
     }
 }
 
 impl Scratch {
     fn new(form: Form) -> Self {
-        let (turned, input) = (Default::default(), gemm::Input::new());
-        Self { form, turned, rows: Vec::new(), input, product: Vec::new() }
+        Self { form, rows: Vec::new(), input: gemm::Input::new(), product: Vec::new() }
     }
 
-    /// Adds the upper triangle of `X^T X` for rows `x` of `n` numbers to `gram[n, n]`.
-    fn add(&mut self, pool: &Pool, gram: &mut [f64], n: usize, x: &[f32]) {
-        let tokens = x.len() / n.max(1);
+    /// Adds the upper triangle of `X^T X` to `gram[n, n]`; `turned` are the parts of `X^T[n, tokens]`.
+    fn add(&mut self, pool: &Pool, gram: &mut [f64], n: usize, tokens: usize, turned: &[Vec<u8>; 2]) {
         if tokens == 0 {
             return;
         }
-        let Self { form, turned: [first_part, second_part], rows, input, product } = self;
+        let Self { form, rows, input, product } = self;
         let format = form.format();
-        turn(pool, x, n, *form, [first_part, second_part]);
         // Which parts of the columns meet which of the rows.
-        let (high, low): (&[u8], &[u8]) = (first_part, second_part);
+        let (high, low): (&[u8], &[u8]) = (&turned[0], &turned[1]);
         let (both, one) = ([high, low], [high]);
         let meetings: &[(&[u8], &[&[u8]])] = match form {
             Form::Single => &[(high, &one)],
@@ -157,7 +168,7 @@ impl Scratch {
             rows.resize(count * tokens, 0.0);
             let mut accumulate = false;
             for (of_rows, of_columns) in meetings {
-                decode_run(format, &of_rows[first * row..][..count * row], rows);
+                decode(pool, format, &of_rows[first * row..][..count * row], rows, tokens);
                 input.prepare(pool, rows, count, tokens, &[format]);
                 for columns in *of_columns {
                     let w =
@@ -178,26 +189,42 @@ impl Scratch {
     }
 }
 
-/// Rows `x` of `n` numbers become `n` rows in the parts of `form`. A task turns [`TURN`] of them, [`SPAN`] numbers of each at a time,
-/// out of a copy: rows of the vectors lie a power of two apart and meet in a few sets of the caches.
-fn turn(pool: &Pool, x: &[f32], n: usize, form: Form, [first, second]: [&mut Vec<u8>; 2]) {
+/// Rows of `tokens` numbers in `format`, decoded by all threads.
+fn decode(pool: &Pool, format: Format, bytes: &[u8], rows: &mut [f32], tokens: usize) {
+    let bytes = bytes.chunks_exact(bytes.len() / (rows.len() / tokens));
+    let parts: Vec<_> = bytes.zip(rows.chunks_exact_mut(tokens)).map(Mutex::new).collect();
+    pool.run(parts.len(), &|_, part| {
+        // Each part is taken by one task, so the lock is never waited for.
+        let (bytes, row) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        decode_run(format, bytes, row);
+    });
+}
+
+/// Rows `x` of `n` numbers become columns `from ..` of `n` rows of [`TOKENS`] in the parts of `form`; whether all were finite. A
+/// task turns [`TURN`] of them, [`SPAN`] numbers of each at a time, out of a copy: rows of the vectors lie a power of two apart and
+/// meet in a few sets of the caches.
+fn turn(pool: &Pool, x: &[f32], n: usize, form: Form, [first, second]: &mut [Vec<u8>; 2], from: usize) -> bool {
     let width = form.format().block_bytes();
-    let row = width * (x.len() / n);
+    let (row, end) = (width * TOKENS, width * (from + x.len() / n));
     first.resize(row * n, 0);
     second.resize(if form == Form::Halves { row * n } else { 0 }, 0);
     let seconds = second.chunks_mut(TURN * row).map(Some).chain(std::iter::repeat_with(|| None));
     let parts: Vec<_> = first.chunks_mut(TURN * row).zip(seconds).map(Mutex::new).collect();
+    let finite = AtomicBool::new(true);
     pool.run(parts.len(), &|_, part| {
         // As above.
         let (first, second) = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
         let (inputs, mut copy) = (first.len() / row, [[0.0_f32; TURN]; SPAN]);
-        for (block, from) in x.chunks(SPAN * n).enumerate() {
-            for (to, from) in copy.iter_mut().zip(from.chunks_exact(n)) {
-                to[..inputs].copy_from_slice(&from[part * TURN..][..inputs]);
+        let mut all = true;
+        for (block, vectors) in x.chunks(SPAN * n).enumerate() {
+            for (to, vector) in copy.iter_mut().zip(vectors.chunks_exact(n)) {
+                to[..inputs].copy_from_slice(&vector[part * TURN..][..inputs]);
+                all &= to[..inputs].iter().fold(true, |all, v| all & v.is_finite());
             }
+            let start = width * (from + block * SPAN);
             for j in 0..inputs {
                 let numbers = copy.each_ref().map(|row| row[j]);
-                let at = j * row + block * SPAN * width..j * row + ((block + 1) * SPAN * width).min(row);
+                let at = j * row + start..j * row + (start + SPAN * width).min(end);
                 match second {
                     None => put(&mut first[at], numbers.map(f32::to_le_bytes)),
                     Some(second) => {
@@ -208,7 +235,18 @@ fn turn(pool: &Pool, x: &[f32], n: usize, form: Form, [first, second]: [&mut Vec
                 }
             }
         }
+        if !all {
+            finite.store(false, Ordering::Relaxed);
+        }
     });
+    finite.into_inner()
+}
+
+/// Rows of `row` bytes lose all but their first `kept`.
+fn close_up(bytes: &mut Vec<u8>, row: usize, kept: usize) {
+    let rows = bytes.len() / row;
+    (0..rows).for_each(|i| bytes.copy_within(i * row..i * row + kept, i * kept));
+    bytes.truncate(rows * kept);
 }
 
 /// As many of the numbers as there is room for.
@@ -216,22 +254,33 @@ fn put<const B: usize>(to: &mut [u8], numbers: [[u8; B]; SPAN]) {
     to.copy_from_slice(&numbers.as_flattened()[..to.len()]);
 }
 
-/// A finite number, rounded to BF16.
+/// A finite number, rounded to BF16. (Of others, whatever comes: they are told.)
 fn high(v: f32) -> u16 {
     let bits = v.to_bits();
-    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// The upper triangle becomes the lower one, in squares that stay in the caches.
-fn mirror(gram: &mut [f64], n: usize) {
-    for i0 in (0..n).step_by(TURN) {
-        for j0 in (0..=i0).step_by(TURN) {
-            for i in i0..(i0 + TURN).min(n) {
-                for j in j0..(j0 + TURN).min(i) {
-                    gram[i * n + j] = gram[j * n + i];
+/// The upper triangle becomes the lower one, a line of eight numbers of each row at a time.
+fn mirror(pool: &Pool, gram: &mut [f64], n: usize) {
+    const LINE: usize = 8;
+    for first in (0..n).step_by(TURN) {
+        let (above, from_here) = gram.split_at_mut(first * n);
+        let rows = &mut from_here[..TURN.min(n - first) * n];
+        for i in 0..rows.len() / n {
+            (0..i).for_each(|j| rows[i * n + first + j] = rows[j * n + first + i]);
+        }
+        let parts: Vec<_> = rows.chunks_mut(LINE * n).map(Mutex::new).collect();
+        pool.run(parts.len(), &|_, part| {
+            // As above.
+            let rows = &mut *parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+            for (square, above) in above.chunks_exact(LINE * n).enumerate() {
+                for (i, row) in rows.chunks_exact_mut(n).enumerate() {
+                    let column = first + part * LINE + i;
+                    let to = &mut row[square * LINE..][..LINE];
+                    to.iter_mut().zip(above[column..].iter().step_by(n)).for_each(|(to, from)| *to = *from);
                 }
             }
-        }
+        });
     }
 }
 
