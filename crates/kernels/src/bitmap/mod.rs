@@ -34,6 +34,8 @@ mod avx512;
 mod gemv;
 mod pack;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod shuffles;
 mod strip;
 #[cfg(test)]
 mod tests;
