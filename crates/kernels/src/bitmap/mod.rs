@@ -32,9 +32,11 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod gemv;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod scalar;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod shuffles;
 mod strip;
 #[cfg(test)]
