@@ -9,7 +9,7 @@ use lacuna_core::{
     map::read_small,
     weight::{Orientation, Weight},
 };
-use lacuna_kernels::{Format, Isa, Pool, axpy, bitmap, convert::encode_run, gemv, isa, select};
+use lacuna_kernels::{Format, Pool, axpy, bitmap, convert::encode_run, gemv, isa, select};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -21,12 +21,10 @@ use std::{
 /// Kept share above which a layer runs dense, where nothing was measured (papers see 0.6 to 0.8 on CPUs).
 pub const DEFAULT_BREAK_EVEN: f32 = 0.7;
 
-/// Share of zeros from which on a bitmap pays, where nothing was measured (AVX-512 with one thread; see
-/// `docs/benchmarks.md`).
+/// Share of zeros from which on a bitmap pays, where nothing was measured: that of AVX-512 with one thread (see
+/// `docs/benchmarks.md`), for want of figures with other instruction sets too.
 fn default_zeros(format: Format) -> f32 {
     match format {
-        // Products with bitmaps are plain code there, and dense ones are not.
-        _ if isa::get() == Isa::Neon => 1.0,
         Format::Bf16 => 0.25,
         Format::Q8_0 => 0.35,
         _ => 0.65,
