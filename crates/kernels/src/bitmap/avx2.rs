@@ -3,6 +3,7 @@
 
 use super::Bitmap;
 use super::pack::stored_unit;
+use super::shuffles::{BYTES, WORDS};
 use crate::Format;
 use crate::gemv::Operand;
 use crate::gemv::WIDE;
@@ -11,33 +12,6 @@ use std::arch::x86_64::*;
 
 /// How far ahead of its reads each of several rows is prefetched, in bytes.
 const AHEAD: usize = 2048;
-
-/// For every byte of a mask the place of each of its eight values, 0x80 (which shuffles to zero) where there is none.
-static BYTES: [[u8; 8]; 256] = shuffles::<8>();
-/// The same for values of two bytes.
-static WORDS: [[u8; 16]; 256] = shuffles::<16>();
-
-const fn shuffles<const N: usize>() -> [[u8; N]; 256] {
-    let each = N / 8;
-    let mut all = [[0x80; N]; 256];
-    let mut mask = 0;
-    while mask < 256 {
-        let (mut i, mut from) = (0, 0);
-        while i < 8 {
-            if mask >> i & 1 == 1 {
-                let mut b = 0;
-                while b < each {
-                    all[mask][i * each + b] = (from * each + b) as u8;
-                    b += 1;
-                }
-                from += 1;
-            }
-            i += 1;
-        }
-        mask += 1;
-    }
-    all
-}
 
 /// Rows `first ..` of `w` with `x`, as many as `y` has room for. The CPU must have [`crate::Isa::Avx2`].
 #[target_feature(enable = "avx2,fma,f16c,popcnt")]

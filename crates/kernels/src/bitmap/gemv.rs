@@ -5,8 +5,8 @@ use crate::gemv::Operand;
 use crate::gemv::runs::{self, Runs};
 use crate::{Format, Isa, Pool, isa};
 
-/// The products `y_i = W x_i` of some vectors. Each result has the bits that it has alone; with AVX2 those of the dense
-/// product, with AVX-512 too, except that Q8_0 rounds its sums in another order there.
+/// The products `y_i = W x_i` of some vectors. Each result has the bits that it has alone; with AVX2 and NEON those of
+/// the dense product, with AVX-512 too, except that Q8_0 rounds its sums in another order there.
 pub struct Job<'a> {
     /// `[out, in]`.
     pub w: Bitmap<'a>,
@@ -49,6 +49,8 @@ impl Runs for Bitmap<'_> {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { super::avx2::compute(self, first, x, y) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::compute(self, first, x, y),
             _ => {
                 for (i, y) in y.iter_mut().enumerate() {
                     *y = super::scalar::dot(self, first + i, x);

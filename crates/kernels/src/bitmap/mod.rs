@@ -32,8 +32,12 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod gemv;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod scalar;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod shuffles;
 mod strip;
 #[cfg(test)]
 mod tests;

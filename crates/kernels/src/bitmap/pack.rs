@@ -179,6 +179,8 @@ impl Cursor {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { super::avx2::unpack(w, self.at, whole) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::unpack(w, self.at, whole),
             _ => super::scalar::unpack(w, self.at, whole),
         };
         self.at = super::scalar::unpack(w, self.at, rest);
