@@ -74,12 +74,8 @@ impl<'a> Gather<'a> {
     /// added up.
     pub fn new(pool: &'a Pool, points: impl IntoIterator<Item = (Point, usize)>, gram: bool) -> Self {
         let empty = |n: usize| Inputs { tokens: 0, squares: vec![0.0; n], gram: gram.then(|| vec![0.0; n * n]) };
-        let seen = points.into_iter().map(|(point, n)| Seen {
-            point,
-            inputs: empty(n),
-            held: 0,
-            turned: Default::default(),
-        });
+        let seen =
+            points.into_iter().map(|(point, n)| Seen { point, inputs: empty(n), held: 0, turned: Default::default() });
         let form = if isa::get() == Isa::Amx { Form::Halves } else { Form::Single };
         Self { pool, seen: seen.collect(), scratch: Scratch::new(form), broken: None }
     }

@@ -1,6 +1,6 @@
 //! Sums over groups with AVX2: four channels are interleaved, `maddubs` and `madd` add their products.
 
-use super::{Groups, LINE, Operand};
+use super::{Groups, LINE, Operand, Taken};
 use crate::Format;
 use crate::x86::prefetch;
 use std::arch::x86_64::*;
@@ -9,7 +9,7 @@ use std::ops::Range;
 /// [`Operand::fill`].
 #[target_feature(enable = "avx2")]
 pub(super) fn fill(operand: &mut Operand, w: &Groups, index: &[u32], value: &[f32]) {
-    operand.fill(w, index, value);
+    operand.fill(w, index, value, Taken::new);
 }
 
 /// See [`super::add`]; `unit` is the first one.

@@ -256,9 +256,40 @@ struct Quad {
     q: [i8; 4],
 }
 
+/// The channels of a group at the start of a list, with their values as 8-bit codes of one scale.
+struct Taken {
+    count: usize,
+    /// Their numbers in the group, and whatever behind.
+    channels: [u8; GROUP],
+    /// Their codes, and zeros.
+    q: [i8; GROUP],
+    /// Sum of all `q`.
+    sum: i32,
+    /// The largest amount, or NaN if a value is not finite: it reaches the scale and so every output.
+    largest: f32,
+}
+
+impl Taken {
+    /// From lists that are not empty.
+    #[inline(always)]
+    fn new(index: &[u32], value: &[f32]) -> Self {
+        let number = index[0] / GROUP as u32;
+        let count = index.iter().take(GROUP).take_while(|i| **i / GROUP as u32 == number).count();
+        let (mut channels, mut x) = ([0; GROUP], [0.0_f32; GROUP]);
+        channels.iter_mut().zip(&index[..count]).for_each(|(c, i)| *c = (i % GROUP as u32) as u8);
+        x[..count].copy_from_slice(&value[..count]);
+        let largest = x.iter().fold(0.0_f32, |m, v| m.max(v.abs())) + x.iter().map(|v| v * 0.0).sum::<f32>();
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        // Adding 1.5 * 2^23 rounds to whole numbers, ties to even, in the low bits.
+        let q = x.map(|v| (v * inverse + 12_582_912.0).to_bits() as i8);
+        Self { count, channels, q, sum: q.iter().map(|&q| i32::from(q)).sum(), largest }
+    }
+}
+
 impl Operand {
     /// Quantises `value`, the values of the channels `index`; ascending channels are read best, and others are right too.
     pub(super) fn new(isa: Isa, w: &Groups, index: &[u32], value: &[f32]) -> Self {
+        assert_eq!(index.len(), value.len(), "a value per channel");
         let mut operand = Self {
             groups: Vec::with_capacity(w.groups().min(index.len())),
             quads: Vec::with_capacity(index.len() / 4 + w.groups().min(index.len())),
@@ -271,47 +302,32 @@ impl Operand {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2::fill(&mut operand, w, index, value) },
-            _ => operand.fill(w, index, value),
+            _ => operand.fill(w, index, value, Taken::new),
         }
         operand
     }
 
-    /// Compiled for each instruction set.
+    /// Compiled for each instruction set, with its own [`Taken::new`].
     #[inline(always)]
-    fn fill(&mut self, w: &Groups, index: &[u32], value: &[f32]) {
+    fn fill(&mut self, w: &Groups, index: &[u32], value: &[f32], take: impl Fn(&[u32], &[f32]) -> Taken) {
         let mut start = 0;
-        while let Some(&first) = index.get(start) {
-            let number = first / GROUP as u32;
-            let same = index[start..].iter().take(GROUP).take_while(|i| **i / GROUP as u32 == number).count();
-            self.push(w, number, &index[start..start + same], &value[start..start + same]);
-            start += same;
+        while start < index.len() {
+            let taken = take(&index[start..], &value[start..]);
+            self.push(w, index[start] / GROUP as u32, &taken);
+            start += taken.count;
         }
     }
 
     #[inline(always)]
-    fn push(&mut self, w: &Groups, number: u32, index: &[u32], value: &[f32]) {
-        let mut x = [0.0; GROUP];
-        x[..value.len()].copy_from_slice(value);
-        // A NaN is no maximum, so the sum tells: it reaches the scale and so every output.
-        let mut lanes = ([0.0_f32; 8], [0.0_f32; 8]);
-        for x in x.as_chunks::<8>().0 {
-            for (i, x) in x.iter().enumerate() {
-                lanes.0[i] = if x.abs() > lanes.0[i] { x.abs() } else { lanes.0[i] };
-                lanes.1[i] += x * 0.0;
-            }
-        }
-        let largest = lanes.0.iter().fold(0.0_f32, |m, v| m.max(*v)) + lanes.1.iter().sum::<f32>();
-        let d = largest / 127.0;
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        // Adding 1.5 * 2^23 rounds to whole numbers, ties to even, in the low bits.
-        let q = x.map(|v| (v * inverse + 12_582_912.0).to_bits() as i8);
-        let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
-        let (first, bias) = (self.quads.len() as u32, -offset(w.format) * sum);
-        self.groups.push(Group { number, first, d, bias, sum: d * sum as f32 });
-        for (k, four) in index.chunks(4).enumerate() {
-            let channels = std::array::from_fn(|i| (four.get(i).unwrap_or(&four[0]) % GROUP as u32) as u8);
-            self.quads.push(Quad { channels, q: std::array::from_fn(|i| q[4 * k + i]) });
-        }
+    fn push(&mut self, w: &Groups, number: u32, taken: &Taken) {
+        let Taken { count, mut channels, q, sum, largest } = *taken;
+        let (first, d) = (self.quads.len() as u32, largest / 127.0);
+        self.groups.push(Group { number, first, d, bias: -offset(w.format) * sum, sum: d * sum as f32 });
+        let (quads, count) = (count.div_ceil(4), count.min(GROUP));
+        // The last quad is filled up with its first channel, times zero.
+        (count..4 * quads).for_each(|c| channels[c] = channels[4 * quads - 4]);
+        let both = channels.as_chunks::<4>().0.iter().zip(q.as_chunks::<4>().0);
+        self.quads.extend(both.take(quads).map(|(channels, q)| Quad { channels: *channels, q: *q }));
     }
 
     /// Channels in all.

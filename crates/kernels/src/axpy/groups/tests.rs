@@ -137,6 +137,30 @@ fn zeros_order_and_company_change_no_bit() {
 }
 
 #[test]
+fn all_instruction_sets_quantise_alike() {
+    let inputs = 160_u32;
+    let packed = vec![0; bytes(Format::Q4_0, 1, inputs as usize).unwrap()];
+    let w = Groups::new(Format::Q4_0, 1, inputs as usize, &packed).unwrap();
+    let mut random = Random(11);
+    let mut lists: Vec<Vec<u32>> = vec![vec![], vec![159], (0..inputs).collect(), vec![40, 3, 2, 40, 159, 158]];
+    for keep in 1..40_u32 {
+        lists.push((0..inputs).filter(|i| i * 7919 % 41 < keep).collect());
+    }
+    for index in lists {
+        for special in [None, Some(0.0), Some(f32::NAN), Some(f32::NEG_INFINITY), Some(f32::MIN_POSITIVE / 2.0)] {
+            let mut value: Vec<f32> = random.floats(index.len());
+            if let (Some(v), Some(special)) = (value.last_mut(), special) {
+                *v = special;
+            }
+            let want = format!("{:?}", Operand::new(Isa::Scalar, &w, &index, &value));
+            for isa in isa::available() {
+                assert_eq!(format!("{:?}", Operand::new(isa, &w, &index, &value)), want, "{isa} {index:?} {special:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_not_finite_reaches_every_output() {
     let mut random = Random(6);
     let (_, packed) = case(Format::Q4_0, (70, 64), &mut random);
