@@ -7,7 +7,7 @@ use super::shuffles::{BYTES, WORDS};
 use crate::Format;
 use crate::gemv::Operand;
 use crate::gemv::WIDE;
-use crate::x86::prefetch;
+use crate::x86::{pair_sums256, prefetch, sums256};
 use std::arch::x86_64::*;
 
 /// How far ahead of its reads each of several rows is prefetched, in bytes.
@@ -20,8 +20,7 @@ pub(super) fn compute(w: &Bitmap, first: usize, x: &Operand, y: &mut [f32]) {
         ($dot:ident) => {{
             let stretch = y.len() / WIDE;
             for i in 0..stretch {
-                let at: [_; WIDE] = std::array::from_fn(|k| w.start(first + i + k * stretch));
-                for (k, sum) in $dot(w, at, x).into_iter().enumerate() {
+                for (k, sum) in $dot(w, w.far::<WIDE>(first + i, stretch), x).into_iter().enumerate() {
                     y[i + k * stretch] = sum;
                 }
             }
@@ -55,14 +54,6 @@ macro_rules! for_units {
             }
         }
     }};
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn sum(v: __m256) -> f32 {
-    let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-    _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
 }
 
 #[inline]
@@ -152,7 +143,7 @@ fn dot_bf16<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         }
         from
     });
-    acc.map(|[a, b]| sum(_mm256_add_ps(a, b)))
+    pair_sums256(acc)
 }
 
 /// Eight lanes of four products of unsigned and signed codes; pair sums stay within 16 bits for codes up to 128.
@@ -187,7 +178,7 @@ fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         }
         from[1]
     });
-    acc.map(|a| sum(a))
+    sums256(acc)
 }
 
 /// Values pass through the shuffle with bit 3 flipped, so that the places between them become code 8, which is zero.
@@ -220,7 +211,7 @@ fn dot_q4_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         }
         from[0].max(from[1])
     });
-    acc.map(|a| sum(a))
+    sums256(acc)
 }
 
 /// Writes units from `at` on in the dense format until `out`, which takes whole ones, is full; returns where the next one

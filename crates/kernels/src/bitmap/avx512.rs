@@ -6,7 +6,7 @@ use super::{Bitmap, PADDING};
 use crate::Format;
 use crate::gemv::Operand;
 use crate::gemv::WIDE;
-use crate::x86::prefetch;
+use crate::x86::{pair_sums512, prefetch, sums512};
 use std::arch::x86_64::*;
 
 /// How far ahead of its reads each of several rows is prefetched, in bytes: rows of a stretch lie one behind the other.
@@ -19,8 +19,7 @@ pub(super) fn compute(w: &Bitmap, first: usize, x: &Operand, y: &mut [f32]) {
         ($dot:ident) => {{
             let stretch = y.len() / WIDE;
             for i in 0..stretch {
-                let at: [_; WIDE] = std::array::from_fn(|k| w.start(first + i + k * stretch));
-                for (k, sum) in $dot(w, at, x).into_iter().enumerate() {
+                for (k, sum) in $dot(w, w.far::<WIDE>(first + i, stretch), x).into_iter().enumerate() {
                     y[i + k * stretch] = sum;
                 }
             }
@@ -62,12 +61,6 @@ impl Reader {
     fn fetch(self, at: usize) {
         prefetch(self.start.wrapping_add(at + AHEAD));
     }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn sums<const R: usize>(acc: [__m512; R]) -> [f32; R] {
-    acc.map(|a| _mm512_reduce_add_ps(a))
 }
 
 /// Runs `$body` for unit `$u` of every row `$r` beginning at `$at`, which it moves; rows that lead outside give NaN.
@@ -113,7 +106,7 @@ fn dot_bf16<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         }
         8 + 2 * mask.count_ones() as usize
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 /// The first sixteen numbers.
@@ -185,7 +178,7 @@ fn dot_q8_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scales(stored, x.d), acc[r]);
         24 + n0 + m1.count_ones() as usize
     });
-    sums(acc)
+    sums512(acc)
 }
 
 /// A unit is a group of the dense product: four lanes for each of four scales, low nibbles before high ones.
@@ -210,7 +203,7 @@ fn dot_q4_0<const R: usize>(w: &Bitmap, mut starts: [usize; R], x: &Operand) -> 
         acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), scales(stored, x.d), acc[r]);
         24 + m0.count_ones().max(m1.count_ones()) as usize
     });
-    sums(acc)
+    sums512(acc)
 }
 
 /// Writes units from `at` on in the dense format until `out`, which takes whole ones, is full; returns where the next one

@@ -120,6 +120,13 @@ impl<'a> Bitmap<'a> {
         usize::try_from(at).unwrap_or(usize::MAX)
     }
 
+    /// Where rows `row`, `row + stretch`, `row + 2 stretch`... begin.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[inline(always)]
+    fn far<const R: usize>(&self, row: usize, stretch: usize) -> [usize; R] {
+        std::array::from_fn(|k| self.start(row + k * stretch))
+    }
+
     /// The last place where a unit may begin, so that all reads of it are inside the bytes.
     fn limit(&self) -> usize {
         self.data.len() - PADDING

@@ -23,8 +23,7 @@ unsafe fn compute_as<const DOT: bool>(w: &Bitmap, first: usize, x: &Operand, y: 
         ($dot:expr, $one:expr) => {{
             let stretch = y.len() / WIDE;
             for i in 0..stretch {
-                let at: [_; WIDE] = std::array::from_fn(|k| w.start(first + i + k * stretch));
-                for (k, sum) in $dot(w, at, x).into_iter().enumerate() {
+                for (k, sum) in $dot(w, w.far(first + i, stretch), x).into_iter().enumerate() {
                     y[i + k * stretch] = sum;
                 }
             }

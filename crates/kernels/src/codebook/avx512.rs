@@ -3,7 +3,7 @@
 use super::{Codebook, UNIT, entries};
 use crate::gemv::Operand;
 use crate::gemv::WIDE;
-use crate::x86::prefetch;
+use crate::x86::{prefetch, sums512};
 use std::arch::x86_64::*;
 
 /// How far ahead of its reads each of several rows is prefetched, in bytes.
@@ -157,7 +157,7 @@ fn dot<const R: usize, const BITS: usize>(w: &Codebook, rows: [usize; R], x: &Op
             acc[r] = _mm512_fmadd_ps(sums[r], _mm512_set1_ps(w.scale(books[r] + span)), acc[r]);
         }
     }
-    acc.map(|a| _mm512_reduce_add_ps(a))
+    sums512(acc)
 }
 
 /// Columns `start ..` of row `row` in BF16, as many as `out` takes: whole units, from the start of one on.

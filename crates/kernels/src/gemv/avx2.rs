@@ -5,7 +5,7 @@ use super::operand::{BLOCK, Int8, Operand};
 use super::scalar::q4k_scales;
 use crate::Format;
 use crate::format::last_group;
-use crate::x86::Ahead;
+use crate::x86::{Ahead, pair_sums256, sum256, sums256};
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim, several at a time and far apart: hardware prefetchers follow one stream per page. The
@@ -16,14 +16,12 @@ pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
         ($dot:ident, $rows:literal) => {{
             let stretch = y.len() / $rows;
             for i in 0..stretch {
-                let group: [_; $rows] = std::array::from_fn(|k| rows.get(i + k * stretch));
-                let next = std::array::from_fn(|k| rows.peek(i + 1 + k * stretch).unwrap_or(group[k]));
-                for (k, sum) in $dot(Ahead::new(group, next), x).into_iter().enumerate() {
+                for (k, sum) in $dot(rows.far::<$rows>(i, stretch), x).into_iter().enumerate() {
                     y[i + k * stretch] = sum;
                 }
             }
             for i in stretch * $rows..y.len() {
-                [y[i]] = $dot(Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]), x);
+                [y[i]] = $dot(rows.far(i, 0), x);
             }
         }};
     }
@@ -77,14 +75,6 @@ fn lanes(v: &[i32; 8]) -> __m256i {
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
-fn sum(v: __m256) -> f32 {
-    let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-    _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
-}
-
-#[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn half(low: u8, high: u8) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes([low, high])))))
@@ -95,7 +85,7 @@ fn half(low: u8, high: u8) -> f32 {
 macro_rules! for_groups {
     ($rows:ident, $bytes:literal, |$g:ident, $blocks:ident| $body:block) => {{
         let rows = $rows.rows();
-        let whole = rows.map(|row| row.as_chunks::<$bytes>().0);
+        let whole = $rows.groups::<$bytes>();
         let groups = whole[0].len();
         for $g in 0..groups {
             let $blocks = whole.map(|w| &w[$g]);
@@ -125,7 +115,7 @@ fn dot_f32<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    acc.map(|[a, b]| sum(_mm256_add_ps(a, b)))
+    pair_sums256(acc)
 }
 
 #[inline]
@@ -143,7 +133,7 @@ fn dot_f16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    acc.map(|[a, b]| sum(_mm256_add_ps(a, b)))
+    pair_sums256(acc)
 }
 
 /// A pair of bf16 in 32 bits widens by a shift (even) and by a mask (odd); the vector is split the same way.
@@ -164,7 +154,7 @@ fn dot_bf16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    acc.map(|[a, b]| sum(_mm256_add_ps(a, b)))
+    pair_sums256(acc)
 }
 
 /// Eight lanes of four products of unsigned and signed codes; pair sums stay within 16 bits for codes up to 128.
@@ -188,7 +178,7 @@ fn dot_q8_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_set1_ps(half(b[0], b[1]) * d[g]), *acc);
         }
     });
-    acc.map(|a| sum(a))
+    sums256(acc)
 }
 
 #[inline]
@@ -208,7 +198,7 @@ fn dot_q4_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_set1_ps(half(b[0], b[1]) * d[g]), *acc);
         }
     });
-    acc.map(|a| sum(a))
+    sums256(acc)
 }
 
 #[inline]
@@ -238,9 +228,9 @@ fn dot_q4k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    let mut out = acc.map(|a| sum(a));
+    let mut out = sums256(acc);
     for (out, minima) in out.iter_mut().zip(minima) {
-        *out -= sum(minima);
+        *out -= sum256(minima);
     }
     out
 }
@@ -269,7 +259,7 @@ fn dot_q6k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    acc.map(|a| sum(a))
+    sums256(acc)
 }
 
 /// The 128 codes (0 to 63) of one half of a Q6_K super-block, in natural order.

@@ -9,7 +9,7 @@ use super::scalar::q4k_scales;
 use super::{Rows, WIDE};
 use crate::Format;
 use crate::format::last_group;
-use crate::x86::Ahead;
+use crate::x86::{Ahead, pair_sums512, sums512};
 use std::arch::x86_64::*;
 
 /// Computes the rows of a claim, four at a time and far apart: hardware prefetchers follow one stream per page, so rows
@@ -20,14 +20,12 @@ pub(super) fn compute(rows: &Rows, x: &Operand, y: &mut [f32]) {
         ($dot:ident) => {{
             let stretch = y.len() / WIDE;
             for i in 0..stretch {
-                let group: [_; WIDE] = std::array::from_fn(|k| rows.get(i + k * stretch));
-                let next = std::array::from_fn(|k| rows.peek(i + 1 + k * stretch).unwrap_or(group[k]));
-                for (k, sum) in $dot(Ahead::new(group, next), x).into_iter().enumerate() {
+                for (k, sum) in $dot(rows.far::<WIDE>(i, stretch), x).into_iter().enumerate() {
                     y[i + k * stretch] = sum;
                 }
             }
             for i in stretch * WIDE..y.len() {
-                [y[i]] = $dot(Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]), x);
+                [y[i]] = $dot(rows.far(i, 0), x);
             }
         }};
     }
@@ -92,18 +90,12 @@ pub(super) fn floats<const AT: usize, const N: usize>(v: &[f32; N]) -> __m512 {
     unsafe { _mm512_loadu_ps(v.as_ptr().add(AT)) }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn sums<const R: usize>(acc: [__m512; R]) -> [f32; R] {
-    acc.map(|a| _mm512_reduce_add_ps(a))
-}
-
 /// Runs `$body` for group `$g` of every row: whole groups of `$bytes` bytes in place, the partial last one as a
 /// zero-padded copy.
 macro_rules! for_groups {
     ($rows:ident, $bytes:literal, |$g:ident, $blocks:ident| $body:block) => {{
         let rows = $rows.rows();
-        let whole = rows.map(|row| row.as_chunks::<$bytes>().0);
+        let whole = $rows.groups::<$bytes>();
         let groups = whole[0].len();
         for $g in 0..groups {
             let $blocks = whole.map(|w| &w[$g]);
@@ -130,7 +122,7 @@ fn dot_f32<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             acc[r][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(at512::<64, 128>(blocks[r])), x1, acc[r][1]);
         }
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 #[inline]
@@ -146,7 +138,7 @@ fn dot_f16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             acc[r][1] = _mm512_fmadd_ps(_mm512_cvtph_ps(w1), x1, acc[r][1]);
         }
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 /// A pair of bf16 in 32 bits widens by a shift (even) and by a mask (odd); the vector is split the same way.
@@ -165,7 +157,7 @@ fn dot_bf16<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             acc[r][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(w1), odd, acc[r][1]);
         }
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 /// Four blocks (136 bytes) at a time; each register holds two blocks, eight lanes of four numbers each.
@@ -192,7 +184,7 @@ fn dot_q8_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             acc[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t1), s1, acc[r][1]);
         }
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 /// Sixteen word numbers, each of `from` repeated `times` times.
@@ -249,7 +241,7 @@ fn dot_q4_0<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(scales(first, pick), d), acc[r]);
         }
     });
-    sums(acc)
+    sums512(acc)
 }
 
 /// An f16 in all lanes. (The plain conversion asks on every call what the CPU has, and brings along what it does without.)
@@ -295,7 +287,7 @@ fn dot_q4k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    let mut out = sums(acc.map(|[a, b]| _mm512_add_ps(a, b)));
+    let mut out = pair_sums512(acc);
     for (out, minima) in out.iter_mut().zip(minima) {
         *out -= _mm512_reduce_add_ps(_mm512_zextps256_ps512(minima));
     }
@@ -344,7 +336,7 @@ fn dot_q6k<const R: usize>(rows: Ahead<R>, x: &Operand) -> [f32; R] {
             }
         }
     });
-    sums(acc.map(|[a, b]| _mm512_add_ps(a, b)))
+    pair_sums512(acc)
 }
 
 /// The 128 codes (0 to 63) of one half of a Q6_K super-block, in natural order.

@@ -22,6 +22,8 @@ mod tests;
 pub use operand::Operand;
 pub(crate) use scalar::q4k_scales;
 
+#[cfg(target_arch = "x86_64")]
+use crate::x86::Ahead;
 use crate::{Isa, Matrix, Pool, isa};
 
 /// Least and most bytes of weights that one claim reads: large against the cost of a claim (some 20 ns) and against
@@ -150,6 +152,7 @@ struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// The bytes of the claim's row `i`.
+    #[inline(always)]
     fn get(&self, i: usize) -> &'a [u8] {
         let i = self.start + i;
         self.w.row(self.index.map_or(i, |index| index[i] as usize))
@@ -157,6 +160,7 @@ impl<'a> Rows<'a> {
 
     /// The bytes of the row that comes `i` after the claim's first, if there is one: to prefetch beyond the claim.
     #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
     fn peek(&self, i: usize) -> Option<&'a [u8]> {
         let i = self.start + i;
         let row = match self.index {
@@ -164,6 +168,14 @@ impl<'a> Rows<'a> {
             None => i,
         };
         (row < self.w.rows()).then(|| self.w.row(row))
+    }
+
+    /// Rows `i`, `i + stretch`, `i + 2 stretch`..., and behind each the one that comes next.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn far<const R: usize>(&self, i: usize, stretch: usize) -> Ahead<'a, R> {
+        let rows: [_; R] = std::array::from_fn(|k| self.get(i + k * stretch));
+        Ahead::new(rows, std::array::from_fn(|k| self.peek(i + 1 + k * stretch).unwrap_or(rows[k])))
     }
 }
 

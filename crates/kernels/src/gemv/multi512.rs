@@ -36,17 +36,14 @@ pub(super) fn compute(rows: &Rows, xs: &[&Operand], ys: &mut [&mut [f32]]) {
                     let ys = &mut ys[c * WIDE..];
                     for i in first..stretch.min(first + block) {
                         // Far apart, as in the product with one vector.
-                        let at = [i, i + stretch];
-                        let next = at.map(|i| rows.peek(i + 1).unwrap_or(&[]));
-                        let ahead = Ahead::new(at.map(|i| rows.get(i)), next);
-                        drive!($dot, 2, Group { rows: ahead, fetch: c == 0 }, at, chunk, ys);
+                        let rows = rows.far(i, stretch);
+                        drive!($dot, 2, Group { rows, fetch: c == 0 }, [i, i + stretch], chunk, ys);
                     }
                 }
             }
             for i in 2 * stretch..rows.len {
                 for (c, chunk) in xs.chunks(WIDE).enumerate() {
-                    let ahead = Ahead::new([rows.get(i)], [rows.peek(i + 1).unwrap_or(&[])]);
-                    drive!($dot, 1, Group { rows: ahead, fetch: c == 0 }, [i], chunk, &mut ys[c * WIDE..]);
+                    drive!($dot, 1, Group { rows: rows.far(i, 0), fetch: c == 0 }, [i], chunk, &mut ys[c * WIDE..]);
                 }
             }
         }};
@@ -91,7 +88,7 @@ fn put<const R: usize, const V: usize>(sums: [[f32; V]; R], at: [usize; R], ys: 
 macro_rules! for_groups {
     ($group:ident, $bytes:literal, |$g:ident, $blocks:ident| $body:block) => {{
         let rows = $group.rows.rows();
-        let whole = rows.map(|row| row.as_chunks::<$bytes>().0);
+        let whole = $group.rows.groups::<$bytes>();
         let groups = whole[0].len();
         for $g in 0..groups {
             let $blocks = whole.map(|w| &w[$g]);
