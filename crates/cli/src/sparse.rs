@@ -53,7 +53,8 @@ pub fn with_bitmaps(args: &LoadArgs, engine: Engine) -> Result<(Engine, Option<P
     if args.no_bitmaps {
         return Ok((engine, None));
     }
-    let options = BitmapOptions::for_model(cache::root().as_deref(), &engine.model().hash, engine.threads());
+    let model = engine.model();
+    let options = BitmapOptions::for_model(cache::root().as_deref(), &model.hash, engine.threads()).for_size(model);
     let progress = |done, all| tracing::debug!("bitmaps: {done} of {all}");
     Ok(match engine.with_bitmaps(&options, &progress)? {
         Some((packed, what)) => (packed, Some(what)),
@@ -81,6 +82,7 @@ pub fn with_plan(plan: &Plan, dense: &Engine) -> Result<Sparse> {
     let packed = match dense.has_bitmaps() {
         true => {
             let options = BitmapOptions::for_model(cache::root().as_deref(), &model.hash, dense.threads());
+            let options = options.for_size(model);
             engine.with_bitmaps(&options, &|_, _| {})?
         }
         false => None,

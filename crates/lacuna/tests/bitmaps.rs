@@ -156,6 +156,11 @@ fn models_without_enough_zeros_stay_dense_and_say_why() {
     let mut options = always(None, "");
     options.break_even.set_zeros(Format::Bf16, 0.9);
     assert!(engine(&model).with_bitmaps(&options, &|_, _| {}).unwrap().is_none(), "measured to be slower");
+    // The caches hold such a model: half of zeros are not enough there, and seven tenths are.
+    let small = always(None, "").for_size(&model);
+    let limit = small.break_even.zeros(Format::Bf16);
+    assert!(limit > 0.5 && limit < 0.7, "{limit}");
+    assert!(engine(&model).with_bitmaps(&small, &|_, _| {}).unwrap().is_some());
     let zeros = Zeros::sample(&model.blocks[0].q.weight).unwrap();
     assert!((zeros.share - 0.7).abs() < 0.05 && zeros.pay(0.5) && !zeros.pay(0.9), "{zeros:?}");
     assert_eq!(Zeros::sample(&random_model(PLAIN_LLAMA, 7).blocks[0].q.weight), None, "F32 has no bitmaps");
